@@ -1,0 +1,110 @@
+"""Decisions per second: `verdict.decide` in this process, cached and uncached, at 1 to 1000 policies.
+
+The one suite that imports the product. Every tenth policy is a wildcard, the others are exact hosts, all with a REST
+rule. An uncached decision is one whose path has not been asked before, over hosts all across the policy; a cached one
+repeats.
+"""
+
+from __future__ import annotations
+
+import time
+
+from bench.measure import Sample, interleave, median, ratio, spread
+from bench.plan import Plan
+from bench.rows import Row, Target
+
+SIZES = (1, 10, 100, 1000)
+CACHED_FACTOR = 20
+WILDCARD_EVERY = 10
+CACHED = Target("<= 20 us", 20.0)
+UNCACHED = Target("<= 1.5 x at 10", 1.5)
+KEY = "us"
+
+
+def policy_text(size: int) -> str:
+    """A policy with `size` rules, as YAML."""
+    rules = []
+    for number in range(size):
+        host = f"*.zone{number}.bench.example" if number % WILDCARD_EVERY == 9 else f"host{number}.bench.example"
+        rules.append(
+            f"  rule{number}:\n    name: rule{number}\n    endpoints:\n"
+            f'      - {{host: "{host}", port: 443, protocol: rest, enforcement: enforce,\n'
+            f'         rules: [{{allow: {{method: GET, path: "/v1/**"}}}}]}}\n'
+            f'    binaries: [{{path: "/**"}}]\n'
+        )
+    return "version: 1\nnetwork_policies:\n" + "".join(rules)
+
+
+def asked_host(number: int) -> str:
+    """The host that rule `number` allows."""
+    return f"a.zone{number}.bench.example" if number % WILDCARD_EVERY == 9 else f"host{number}.bench.example"
+
+
+class Decider:
+    """One policy generation and an endless supply of questions for it."""
+
+    def __init__(self, size: int) -> None:
+        from openshell_supervisor.verdict.decide import build_generation, decide
+        from openshell_supervisor.verdict.facts import Facts, Request
+
+        from openshell_supervisor.policy import yaml_file
+
+        self._decide, self._facts, self._request = decide, Facts, Request
+        self._generation = build_generation(yaml_file.parse(policy_text(size), "bench").policy, 1)
+        self._size = size
+        self._asked = 0
+        self._ask(self._question())  # compiles the engine
+
+    def _question(self) -> object:
+        self._asked += 1
+        host = asked_host(self._asked * 7919 % self._size)  # a prime: hosts in no order that a cache would like
+        request = self._request(method="GET", path=f"/v1/items/{self._asked}")
+        return self._facts(host=host, port=443, binary="/usr/bin/curl", request=request)
+
+    def _ask(self, question: object) -> None:
+        verdict = self._decide(question, self._generation)
+        assert verdict.allow, verdict
+
+    def uncached(self, calls: int) -> Sample:
+        """Microseconds of one decision, each asked for the first time."""
+        questions = [self._question() for _ in range(calls)]
+        begin = time.perf_counter()
+        for question in questions:
+            self._ask(question)
+        return {KEY: (time.perf_counter() - begin) / calls * 1e6}
+
+    def cached(self, calls: int) -> Sample:
+        """Microseconds of one decision out of 32 that were all asked before."""
+        questions = [self._question() for _ in range(32)]
+        for question in questions:
+            self._ask(question)
+        begin = time.perf_counter()
+        for number in range(calls):
+            self._ask(questions[number % 32])
+        return {KEY: (time.perf_counter() - begin) / calls * 1e6}
+
+
+def _rows(kind: str, deciders: dict[str, Decider], rounds: int, calls: int) -> list[Row]:
+    """A row per size; every cached row is judged, of the uncached ones the largest."""
+
+    def sample(name: str) -> Sample:
+        decider = deciders[name]
+        return decider.cached(calls) if kind == "cached" else decider.uncached(calls)
+
+    samples, _ = interleave(list(deciders), sample, rounds)
+    rows = []
+    for name in deciders:
+        cost, bounds = median(samples[name], KEY), {"host": spread(samples, KEY)[name]}
+        judged, target = (cost, CACHED) if kind == "cached" else (None, None)
+        if kind == "uncached" and name == str(SIZES[-1]):
+            judged, target = ratio(samples, name, "10", KEY), UNCACHED
+        note = f"{1e6 / cost:,.0f} decisions/s"
+        rows.append(Row(f"decision {kind}, {name} policies", KEY, {"host": cost}, judged, target, note, spread=bounds))
+    return rows
+
+
+def measure(plan: Plan) -> list[Row]:
+    """A row per size, cached and uncached."""
+    deciders = {str(size): Decider(size) for size in SIZES}
+    cached = _rows("cached", deciders, plan.decision_rounds, plan.decision_calls * CACHED_FACTOR)
+    return cached + _rows("uncached", deciders, plan.decision_rounds, plan.decision_calls)

@@ -1,0 +1,75 @@
+"""Resident memory of the process that carries the traffic: idle, and after a thousand TLS hosts were terminated.
+
+The workload's own memory does not count. RSS is what `ps` shows; PSS divides shared pages among their users.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.contenders import Contender
+from bench.lab import MANY_HOSTS, Lab
+from bench.measure import BenchError
+from bench.plan import Plan
+from bench.rows import OURS, Row, Target
+
+SETTLE_S = 2.0
+"""After the start: by then a proxy that loads itself in the background has done so."""
+ANSWER_TIMEOUT_S = 120.0
+IDLE = Target("<= 100 MiB", 100.0)
+FIELDS = {"Rss": "RSS", "Pss": "PSS"}
+
+
+def resident(pid: int) -> dict[str, float]:
+    """RSS and PSS of one process in MiB, from /proc/PID/smaps_rollup (proc(5))."""
+    found = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in FIELDS:
+            found[FIELDS[name]] = int(value.split()[0]) / 1024
+    return found
+
+
+def _life(contender: Contender, lab: Lab) -> dict[str, float]:
+    """Idle and loaded memory and the time of one new host, of a freshly started contender."""
+    assert contender.pid is not None
+    time.sleep(SETTLE_S)
+    idle = resident(contender.pid)
+    order = {"do": "hosts", "pattern": MANY_HOSTS, "port": lab.ports["https"], "count": lab.tls_hosts}
+    answer = contender.order(order, ANSWER_TIMEOUT_S)
+    loaded = resident(contender.pid)
+    values = {f"idle {name}": value for name, value in idle.items()}
+    values |= {f"loaded {name}": value for name, value in loaded.items()}
+    return values | {"ms": answer["ms"]}
+
+
+def measure(lab: Lab, plan: Plan, starts: dict[str, Callable[[], Contender]]) -> list[Row]:
+    """Memory rows, and the cost of a TLS connection to a host never seen before."""
+    found: dict[str, dict[str, float]] = {}
+    failures = []
+    for name, start in starts.items():
+        try:
+            contender = start()
+            try:
+                found[name] = _life(contender, lab)
+            finally:
+                contender.stop()
+        except BenchError as error:
+            failures.append(f"{name}: {error}")
+    failure = "; ".join(failures)
+
+    def row(metric: str, key: str, unit: str, *, judged: bool = False) -> Row:
+        values = {name: life[key] for name, life in found.items() if key in life}
+        worst = max((values[name] for name in OURS if name in values), default=None)
+        return Row(metric, unit, values, worst if judged else None, IDLE if judged else None, failure=failure)
+
+    many = f"after {plan.tls_hosts} TLS hosts"
+    return [
+        row("memory idle, RSS", "idle RSS", "MiB", judged=True),
+        row("memory idle, PSS", "idle PSS", "MiB"),
+        row(f"memory {many}, RSS", "loaded RSS", "MiB"),
+        row(f"memory {many}, PSS", "loaded PSS", "MiB"),
+        row("new TLS host, CONNECT to response", "ms", "ms"),
+    ]

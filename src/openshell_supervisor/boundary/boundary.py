@@ -12,6 +12,9 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+# Connections wait here while mitmproxy is imported (about a second); the kernel caps it at net.core.somaxconn, 4096 since 5.4.
+LISTEN_BACKLOG = 1024
+
 
 @dataclass(slots=True)
 class Boundary:

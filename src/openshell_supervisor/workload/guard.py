@@ -2,8 +2,8 @@
 
 A parent-death signal reaches only the workload's first process. The guard holds the other end of a socket to the supervisor;
 when that closes without a word, it kills what lives in the workload's network namespace, or in its session where the
-namespace is shared. It runs as a process of its own (`python -I -S -B guard.py SESSION INODE`, socket as descriptor 3), on
-the standard library alone; `end_all` is also what the supervisor itself calls at an orderly end.
+namespace is shared, and removes the run directory. It runs as a process of its own (`python -I -S -B guard.py SESSION INODE
+RUN_DIR`, socket as descriptor 3), on the standard library alone; `end_all` is also what the supervisor calls at an orderly end.
 """
 
 import os
@@ -86,6 +86,17 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the group's signals are for the supervisor; the guard goes last
     if os.read(3, 1) == b"":
         end_all(session, inode or None)
+        remove_files(sys.argv[3])
+
+
+def remove_files(directory: str) -> None:
+    """Remove a run directory and the files in it; what is gone already is no fault."""
+    try:
+        for name in os.listdir(directory):
+            os.unlink(os.path.join(directory, name))
+        os.rmdir(directory)
+    except OSError:
+        pass  # removed by the supervisor's own last step
 
 
 if __name__ == "__main__":

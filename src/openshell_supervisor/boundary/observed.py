@@ -1,0 +1,54 @@
+"""The lowest rung: the workload shares the supervisor's network namespace and the proxy only observes.
+
+Nothing here enforces anything; the statement says so. The rung exists because a workload that must start anyway is better
+watched than not.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from openshell_supervisor.boundary.boundary import LISTEN_BACKLOG, Boundary
+from openshell_supervisor.boundary.launcher_link import Launcher, entering
+from openshell_supervisor.errors import BoundaryError
+
+RUNG = "observed"
+
+
+async def build(label: str, port: int, launcher: Launcher) -> Boundary:
+    """Listen on 127.0.0.1:`port` of this namespace, or on a free port where that one is taken. Raises `BoundaryError`."""
+    inode = os.stat("/proc/self/ns/net").st_ino
+    listener = _listen(port)
+    boundary = Boundary(RUNG, label, listener, listener.getsockname())
+    try:
+        with entering(RUNG):
+            await launcher.ask({"op": "enter", "how": "stay", "inode": inode})
+    except BoundaryError:
+        await boundary.close()
+        raise
+    return boundary
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            listener.bind(("127.0.0.1", 0))
+        listener.listen(LISTEN_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise BoundaryError(
+            f"cannot listen on 127.0.0.1:{port}: {error.strerror}",
+            code="listener_unavailable",
+            step="listen",
+            errno=error.errno,
+            hint="the container must allow TCP sockets on loopback",
+        ) from error
+    return listener

@@ -1,0 +1,80 @@
+"""Commands. `run` is the default; heavy imports happen inside the command that needs them.
+
+Every failure that can be explained ends here: one screen on standard error, no traceback, and the exit code of its kind.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from openshell_supervisor import __version__
+from openshell_supervisor.errors import EXIT_USAGE, SettingsError, SupervisorError
+
+USAGE = f"""openshell-supervisor {__version__}: run a command behind the strongest network boundary that this host allows.
+
+  openshell-supervisor [run] [OPTIONS] -- COMMAND [ARG ...]
+  openshell-supervisor check POLICY [POLICY ...]
+  openshell-supervisor --version
+
+`openshell-supervisor run --help` lists the options; the user guide is docs/user-guide.md.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """`run`: live one sandbox's life; the exit code is the workload's."""
+    from openshell_supervisor import settings as settings_room
+
+    settings = settings_room.read(arguments, os.environ)
+    import asyncio
+
+    from openshell_supervisor import supervisor
+
+    return asyncio.run(supervisor.run(settings))
+
+
+def check(arguments: Sequence[str]) -> int:
+    """`check`: validate policies; 0 when all can be used, 2 when one cannot."""
+    from openshell_supervisor.policy import check as check_room
+
+    if not arguments or arguments[0].startswith("-"):
+        raise SettingsError("check: name at least one policy file", code="usage", hint="openshell-supervisor check POLICY")
+    good = True
+    for path in arguments:
+        text, usable = check_room.report(path)
+        sys.stdout.write(text)
+        good = good and usable
+    return 0 if good else EXIT_USAGE
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "check": check}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Answers the exit code; the interpreter's entry point hands it to exit(3)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except SupervisorError as error:
+        sys.stderr.write(error.screen() + "\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, before anything was started
+
+
+def _dispatch(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return 0
+    if first in ("--version", "-V"):
+        sys.stdout.write(f"openshell-supervisor {__version__}\n")
+        return 0
+    if first in COMMANDS:
+        return COMMANDS[first](arguments[1:])
+    from openshell_supervisor.settings import RESERVED_WORDS
+
+    if first in RESERVED_WORDS:
+        raise SettingsError(f"{first}: {RESERVED_WORDS[first]}", code="not_built", hint="to run a program of that name: run -- " + first)
+    return run(arguments)

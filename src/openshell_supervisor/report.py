@@ -1,0 +1,101 @@
+"""The enforcement statement's readers: the status file, the log, the telemetry, and the decision of `--require`.
+
+One truth, many readers: everything here is computed from a `Statement` and adds nothing to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+from openshell_supervisor.boundary.ladder import Failure
+from openshell_supervisor.enforcement import Enforcement, Layer, State, Statement
+from openshell_supervisor.errors import ConfineError, SettingsError
+from openshell_supervisor.telemetry.events import Severity, Telemetry
+
+
+def write_status(path: Path, statement: Statement) -> None:
+    """Replace `path` with the statement as JSON, atomically (rename(2) within the directory). Raises `SettingsError`."""
+    text = json.dumps(statement.as_json(), indent=2) + "\n"
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SettingsError(
+            f"--status-file: cannot write {path}: {error.strerror}", code="unwritable_file", hint="name a writable place"
+        ) from error
+
+
+def announce(statement: Statement, failures: tuple[Failure, ...], telemetry: Telemetry) -> None:
+    """Say the statement as events: one line with every layer, and `CONFIG:DEGRADED` with its finding where it is due."""
+    network = statement.layer(Layer.NETWORK)
+    if statement.rung == "observed":
+        worst = failures[-1] if failures else None
+        telemetry.degraded(
+            statement.requested_mode,
+            effective=statement.effective_mode,
+            egress=statement.egress,
+            error="; ".join(failure.brief() for failure in failures) or None,
+            errno=network.errno,
+            probe=worst.step if worst else None,
+        )
+    elif statement.egress == "observe":
+        telemetry.degraded("host", effective=statement.effective_mode, egress="observe")
+    telemetry.config(
+        "stated",
+        "Enforcement statement",
+        enabled=None,
+        severity=Severity.INFORMATIONAL,
+        rung=statement.rung,
+        egress=statement.egress,
+        **{item.layer.value: item.state.value for item in statement.layers},
+    )
+    for item in statement.layers:
+        if item.state is State.DEGRADED and item.layer is not Layer.NETWORK:
+            telemetry.config(
+                "degraded",
+                f"Layer {item.layer.value} does not hold",
+                enabled=None,
+                severity=Severity.MEDIUM,
+                ok=False,
+                status_code=item.errno,
+                layer=item.layer.value,
+                error=item.reason,
+            )
+
+
+def require(statement: Statement, required: frozenset[Layer]) -> None:
+    """Raise `ConfineError` when a required layer neither holds nor was declared external."""
+    unmet = statement.unmet(required)
+    if unmet:
+        raise ConfineError(
+            "required layers do not hold: " + "; ".join(f"{item.layer.value} is {item.state.value} ({item.reason})" for item in unmet),
+            code="requirement_unmet",
+            step="require",
+            hint="run where the host allows the layer, or drop it from --require",
+        )
+
+
+def network_layer(
+    *, requested: str, rung: str, egress: str, failures: tuple[Failure, ...], evidence: dict[str, object]
+) -> Enforcement:
+    """The network layer's entry: `enforced` only for an isolating rung that was probed and a proxy that enforces."""
+    detail = {**evidence, "failed_rungs": [{"rung": f.rung, "step": f.step, "errno": f.errno, "error": f.message} for f in failures]}
+    if rung == "observed" and requested == "host":
+        reason = "network mode host was asked for: verdicts are logged, egress is not enforced"
+        return Enforcement(Layer.NETWORK, State.OFF, reason, asked=False, detail=detail)
+    if rung == "observed":
+        errno = next((f.errno for f in reversed(failures) if f.errno), None)
+        reason = "no boundary could be built, verdicts are only logged: " + "; ".join(f.brief() for f in failures)
+        return Enforcement(Layer.NETWORK, State.DEGRADED, reason, errno=errno, detail=detail)
+    if egress == "observe":
+        reason = f"--egress observe was asked for: rung {rung} leaves only the proxy, which lets denied requests pass and logs them"
+        return Enforcement(Layer.NETWORK, State.OFF, reason, asked=False, detail=detail)
+    reason = f"rung {rung}: only the proxy was reachable from inside"
+    return Enforcement(Layer.NETWORK, State.ENFORCED, reason, detail=detail)

@@ -1,0 +1,68 @@
+"""The one writable directory of a run: certificates for the workload, removed at the end.
+
+Every run gets a fresh subdirectory with a random name, made by mkdtemp(3), so a directory prepared by somebody else is never
+used and nothing in it is followed. The first candidate that this user may safely write is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from openshell_supervisor.errors import SettingsError
+
+PREFIX = "sandbox-"
+
+
+def create(chosen: Path | None, environment: Mapping[str, str]) -> Path:
+    """Make the run's own directory, mode 0755 (the workload reads the certificates in it as another user).
+
+    `chosen` is the operator's; without it /run/openshell, $XDG_RUNTIME_DIR/openshell and the temporary directory are tried in
+    this order. Raises `SettingsError` when none can be used.
+    """
+    candidates = [chosen] if chosen is not None else list(_defaults(environment))
+    refusals = []
+    for base in candidates:
+        try:
+            if base.name == "openshell" or chosen is not None:
+                base.mkdir(mode=0o755, exist_ok=True)
+            _check(base)
+            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+            path.chmod(0o755)
+        except OSError as error:
+            refusals.append(f"{base}: {error.strerror or error}")
+            continue
+        return path
+    raise SettingsError(
+        "no directory can be written for this run: " + "; ".join(refusals),
+        code="no_run_directory",
+        hint="mount a tmpfs (podman: --tmpfs /run/openshell) or name a directory with --run-dir",
+    )
+
+
+def _defaults(environment: Mapping[str, str]) -> tuple[Path, ...]:
+    runtime = environment.get("XDG_RUNTIME_DIR")
+    named = (Path(runtime) / "openshell",) if runtime and os.geteuid() != 0 else ()
+    return (Path("/run/openshell"), *named, Path(tempfile.gettempdir()))
+
+
+def _check(base: Path) -> None:
+    """Refuse a directory in which another user could swap ours: not a directory, or writable by others without sticky bit."""
+    status = base.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise OSError(0, "is not a directory, or a symbolic link")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+        raise OSError(0, "others can rename what is in it (mode needs the sticky bit)")
+
+
+def remove(path: Path) -> None:
+    """Remove the directory and the files in it; it holds no subdirectories."""
+    try:
+        for entry in os.scandir(path):
+            os.unlink(entry.path)  # noqa: PTH108  (an entry, not a Path)
+        path.rmdir()
+    except OSError:
+        pass  # removed already, or on a file system that went away: nothing in it outlives its certificates' use

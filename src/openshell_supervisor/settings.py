@@ -1,0 +1,383 @@
+"""One frozen `Settings`: flag over environment over file over default, read and cross-checked once.
+
+Every option of the supervisor that this one replaces is accepted with the same meaning, or refused by name while its capability
+is still to come (`STILL_TO_COME`); none is ignored in silence. Settings that loosen trust (`--resolve`, `--upstream-ca`) are
+flags only, because an image can bake environment variables. Contradictions are `SettingsError`s: nothing has been started yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import ipaddress
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from openshell_supervisor import __version__
+from openshell_supervisor.enforcement import Layer
+from openshell_supervisor.errors import SettingsError
+
+NETWORK_MODES = ("isolated", "host", "auto")
+EGRESS_MODES = ("enforce", "observe")
+LOG_LEVELS = ("error", "warn", "info", "debug", "trace")
+DEFAULT_COMMAND = ("/bin/bash", "-l")  # contract 1.3
+# `podman stop` and `docker stop` send SIGKILL after 10 s; the drain and the report need the rest.
+DEFAULT_GRACE_SECONDS = 8.0
+MAX_SPEC_BYTES = 1024 * 1024  # a command line in a variable; execve(2) allows 128 KiB per string, the encoding adds a third
+
+# Flags and variables of the interface whose capability is not built yet: refused by name, with the reason.
+STILL_TO_COME_FLAGS = {
+    "--policy-rules": "custom Rego rules are not built yet; use --policy",
+    "--policy-data": "custom Rego rules are not built yet; use --policy",
+    "--inference-routes": "inference routing is not built yet",
+    "--upstream-proxy": "the corporate upstream proxy is not built yet",
+    "--upstream-no-proxy": "the corporate upstream proxy is not built yet",
+    "--upstream-proxy-auth-file": "the corporate upstream proxy is not built yet",
+    "--ssh-socket-path": "the SSH server is not built yet",
+}
+STILL_TO_COME_SWITCHES = {
+    "--upstream-proxy-auth-allow-insecure": "the corporate upstream proxy is not built yet",
+    "--upstream-proxy-connect-by-hostname": "the corporate upstream proxy is not built yet",
+}
+STILL_TO_COME_VARIABLES = {
+    "OPENSHELL_POLICY_RULES": "custom Rego rules are not built yet; use OPENSHELL_POLICY",
+    "OPENSHELL_POLICY_DATA": "custom Rego rules are not built yet; use OPENSHELL_POLICY",
+    "OPENSHELL_INFERENCE_ROUTES": "inference routing is not built yet",
+    "OPENSHELL_SSH_SOCKET_PATH": "the SSH server is not built yet",
+    "OPENSHELL_MODE": "the proxy and nested roles are not built yet",
+    "OPENSHELL_PROXY_MODE": "the sidecar topology is not built yet",
+    "OPENSHELL_SUPERVISOR_TOPOLOGY": "the sidecar topology is not built yet",
+    "OPENSHELL_NETWORK_ENFORCEMENT_MODE": "the sidecar topology is not built yet",
+    "OPENSHELL_SIDECAR_CONTROL_SOCKET": "the sidecar topology is not built yet",
+    "OPENSHELL_PROVIDER_SPIFFE_WORKLOAD_API_SOCKET": "the SPIFFE identity socket is not built yet",
+    "OPENSHELL_BEST_EFFORT_FAILURES": "the best-effort failure handler is not built yet",
+    "OPENSHELL_DECLARE_EXTERNAL": "declaring layers external is not built yet",
+    "OPENSHELL_ALLOW_NETLINK_ENUMERATE": "the seccomp filter that it loosens is not built yet",
+    "OPENSHELL_OPA_URL": "the OPA server engine is not built yet",
+}
+RESERVED_WORDS = {
+    "copy-self": "copying the supervisor into another image is not built yet",
+    "debug-rpc": "the gateway client is not built yet",
+    "validate-workspace": "the workspace check is not built yet",
+    "doctor": "the doctor is not built yet",
+    "explain": "explain is not built yet",
+    "exec": "exec is not built yet",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything the operator decided. Paths are as given; durations in seconds (0 = no timeout)."""
+
+    command: tuple[str, ...]
+    tty: bool
+    policy: Path | None
+    network_mode: str = "auto"
+    egress: str | None = None
+    require: frozenset[Layer] = frozenset()
+    status_file: Path | None = None
+    ocsf_file: Path | None = None
+    upstream_ca: Path | None = None
+    resolve: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    run_dir: Path | None = None
+    tls_dir: Path | None = None
+    workdir: Path | None = None
+    timeout: float = 0.0
+    grace: float = DEFAULT_GRACE_SECONDS
+    log_level: str = "info"
+    sandbox_id: str = ""
+    sandbox_name: str = ""
+    image: str = ""
+    oci_user: str | None = None
+    sandbox_uid: str = ""
+    sandbox_gid: str = ""
+    user_variables: Mapping[str, str] = field(default_factory=dict)
+    require_pid_limit: bool = False
+    relaxed_identity: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises our error instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message, code="usage", hint="openshell-supervisor run --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `run`; every option of contract 1.2 and ours."""
+    top = _Parser(
+        prog="openshell-supervisor run",
+        description="Run a command behind the strongest network boundary that this host allows.",
+        epilog="Everything after the first word that is not an option belongs to the command; put -- before it.",
+        allow_abbrev=False,
+    )
+    top.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND [ARG ...]", help="the workload, default a login shell")
+    _add_policy_options(top)
+    _add_workload_options(top)
+    for flag in STILL_TO_COME_FLAGS:
+        top.add_argument(flag, help=argparse.SUPPRESS)
+    for flag in STILL_TO_COME_SWITCHES:
+        top.add_argument(flag, action="store_true", default=None, help=argparse.SUPPRESS)
+    return top
+
+
+def _add_policy_options(top: argparse.ArgumentParser) -> None:
+    top.add_argument("--policy", metavar="FILE", help="policy in YAML (OPENSHELL_POLICY)")
+    top.add_argument("--network-mode", metavar="MODE", help="isolated, host or auto (OPENSHELL_NETWORK_MODE; default auto)")
+    top.add_argument("--host-network", action="store_true", help="the same as --network-mode host")
+    top.add_argument("--egress", metavar="MODE", help="enforce or observe (OPENSHELL_EGRESS)")
+    top.add_argument("--require", metavar="LAYERS", help=f"refuse to start unless these hold: {', '.join(Layer)} (OPENSHELL_REQUIRE)")
+    top.add_argument("--status-file", metavar="PATH", help="write the enforcement statement here (OPENSHELL_STATUS_FILE)")
+    top.add_argument("--ocsf-file", metavar="PATH", help="append events as JSON lines (OPENSHELL_OCSF_FILE)")
+    top.add_argument("--resolve", metavar="HOST=ADDRESS", action="append", default=[], help="pin a name to an address, loopback too")
+    top.add_argument("--upstream-ca", metavar="FILE", help="PEM roots trusted upstream besides the system's")
+    top.add_argument("--run-dir", metavar="DIR", help="the one writable directory (OPENSHELL_RUN_DIR)")
+    top.add_argument("--log-level", metavar="LEVEL", help="error, warn, info, debug or trace (OPENSHELL_LOG_LEVEL; default info)")
+    top.add_argument("--sandbox-id", metavar="ID", help="sandbox id in events (OPENSHELL_SANDBOX_ID)")
+    top.add_argument("--sandbox", metavar="NAME", help="sandbox name in events (OPENSHELL_SANDBOX)")
+    top.add_argument("--openshell-endpoint", metavar="URL", help=argparse.SUPPRESS)
+
+
+def _add_workload_options(top: argparse.ArgumentParser) -> None:
+    top.add_argument("--workdir", "-w", metavar="DIR", help="working directory of the workload")
+    top.add_argument("--timeout", "-t", metavar="SECONDS", default="0", help="end the workload after this time (exit code 124)")
+    top.add_argument("--grace", metavar="SECONDS", help="time between SIGTERM and SIGKILL (OPENSHELL_GRACE; default 8)")
+    top.add_argument("--interactive", "-i", action="store_true", help="give the workload a terminal of its own")
+    top.add_argument("--version", action="version", version=f"openshell-supervisor {__version__}")
+    for flag in ("--mode", "--health-port", "--proxy-uid", "--proxy-gid", "--sidecar-state-dir", "--sidecar-tls-dir"):
+        top.add_argument(flag, help=argparse.SUPPRESS)
+    top.add_argument("--health-check", action="store_true", help=argparse.SUPPRESS)
+
+
+def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Settings from argv (without the program's name) and the environment. Raises `SettingsError`; `--help` and `--version`
+    end the process as argparse does."""
+    values = parser().parse_args(list(arguments))
+    _refuse_what_is_to_come(values, environment)
+    command, tty = _command(values, environment)
+    policy = _existing_file(values.policy or environment.get("OPENSHELL_POLICY"), "--policy")
+    _check_gateway(values, environment, policy)
+    settings = Settings(
+        command=command,
+        tty=tty,
+        policy=policy,
+        network_mode=_network_mode(values, environment),
+        egress=_choice(values.egress or environment.get("OPENSHELL_EGRESS"), "--egress", EGRESS_MODES),
+        require=_layers(values.require or environment.get("OPENSHELL_REQUIRE", "")),
+        status_file=_output(values.status_file or environment.get("OPENSHELL_STATUS_FILE"), "--status-file"),
+        ocsf_file=_output(values.ocsf_file or environment.get("OPENSHELL_OCSF_FILE"), "--ocsf-file"),
+        upstream_ca=_pem(_existing_file(values.upstream_ca, "--upstream-ca")),
+        resolve=_pins(values.resolve),
+        run_dir=_path(values.run_dir or environment.get("OPENSHELL_RUN_DIR")),
+        tls_dir=_path(environment.get("OPENSHELL_PROXY_TLS_DIR")),
+        workdir=_directory(values.workdir, "--workdir"),
+        timeout=_seconds(values.timeout, "--timeout"),
+        grace=_seconds(values.grace or environment.get("OPENSHELL_GRACE") or str(DEFAULT_GRACE_SECONDS), "--grace"),
+        log_level=_log_level(values.log_level, environment),
+        sandbox_id=values.sandbox_id or environment.get("OPENSHELL_SANDBOX_ID", ""),
+        sandbox_name=values.sandbox or environment.get("OPENSHELL_SANDBOX", ""),
+        image=environment.get("OPENSHELL_CONTAINER_IMAGE", ""),
+        oci_user=environment.get("OPENSHELL_OCI_IMAGE_USER"),
+        sandbox_uid=environment.get("OPENSHELL_SANDBOX_UID", ""),
+        sandbox_gid=environment.get("OPENSHELL_SANDBOX_GID", ""),
+        user_variables=_user_variables(environment.get("OPENSHELL_USER_ENVIRONMENT", "")),
+        require_pid_limit="OPENSHELL_REQUIRE_RUNTIME_PID_LIMIT" in environment,
+        relaxed_identity=environment.get("OPENSHELL_NETWORK_BINARY_IDENTITY", "").lower()
+        in ("relaxed", "disabled", "endpoint-only", "false", "0"),
+    )
+    _cross_check(settings)
+    return settings
+
+
+def _fail(code: str, message: str, hint: str = "") -> SettingsError:
+    return SettingsError(message, code=code, hint=hint)
+
+
+def _refuse_what_is_to_come(values: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    for flag, why in {**STILL_TO_COME_FLAGS, **STILL_TO_COME_SWITCHES}.items():
+        if getattr(values, flag.removeprefix("--").replace("-", "_")) is not None:
+            raise _fail("not_built", f"{flag}: {why}", "leave the flag out")
+    for name, why in STILL_TO_COME_VARIABLES.items():
+        if environment.get(name):
+            raise _fail("not_built", f"{name}: {why}", "unset the variable")
+    components = {item.strip() for item in (values.mode or "network,process").split(",") if item.strip()}
+    if components != {"network", "process"}:
+        known = components and components <= {"network", "process", "network-init"}
+        why = "only `network,process` together are built yet" if known else "known are network, process and network-init"
+        raise _fail("not_built" if known else "usage", f"--mode {values.mode}: {why}", "leave the flag out")
+
+
+def _check_gateway(values: argparse.Namespace, environment: Mapping[str, str], policy: Path | None) -> None:
+    endpoint = values.openshell_endpoint or environment.get("OPENSHELL_ENDPOINT")
+    if endpoint and policy is None:
+        raise _fail(
+            "not_built",
+            "OPENSHELL_ENDPOINT: fetching the policy from a gateway is not built yet",
+            "give a local policy with --policy FILE; it wins over the gateway",
+        )
+
+
+def _command(values: argparse.Namespace, environment: Mapping[str, str]) -> tuple[tuple[str, ...], bool]:
+    """Contract 1.3: argv, else OPENSHELL_MAIN_PROCESS_SPEC, else a login shell on a terminal."""
+    words = list(values.command)
+    if words[:1] == ["--"]:
+        words = words[1:]
+    if words:
+        if not words[0]:
+            raise _fail("usage", "the command's first word is empty", "name a program after --")
+        return tuple(words), bool(values.interactive)
+    spec = environment.get("OPENSHELL_MAIN_PROCESS_SPEC")
+    if spec:
+        return _main_process_spec(spec)
+    return DEFAULT_COMMAND, True
+
+
+def _main_process_spec(text: str) -> tuple[tuple[str, ...], bool]:
+    hint = 'the driver writes {"version": 1, "command": ["..."], "tty": false}, plain or as base64url:…'
+    name = "OPENSHELL_MAIN_PROCESS_SPEC"
+    if len(text) > MAX_SPEC_BYTES:
+        raise _fail("main_process_spec", f"{name} is longer than {MAX_SPEC_BYTES} bytes", hint)
+    try:
+        if text.startswith("base64url:"):
+            encoded = text.removeprefix("base64url:")
+            text = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
+        spec: Any = json.loads(text)
+    except (ValueError, binascii.Error, RecursionError) as error:
+        raise _fail("main_process_spec", f"{name} cannot be decoded: {error}", hint) from None
+    command = spec.get("command") if isinstance(spec, dict) else None
+    if not isinstance(spec, dict) or spec.get("version") != 1 or not isinstance(command, list) or not command:
+        raise _fail("main_process_spec", f"{name} must have version 1 and a non-empty command", hint)
+    if not all(isinstance(word, str) for word in command) or not command[0]:
+        raise _fail("main_process_spec", f"{name}: every word of the command must be text, the first not empty", hint)
+    return tuple(command), spec.get("tty") is True
+
+
+def _network_mode(values: argparse.Namespace, environment: Mapping[str, str]) -> str:
+    if values.host_network:
+        if values.network_mode not in (None, "host"):
+            raise _fail("contradiction", f"--host-network contradicts --network-mode {values.network_mode}", "give one of them")
+        return "host"
+    if values.network_mode is not None:
+        return _choice(values.network_mode, "--network-mode", NETWORK_MODES) or "auto"
+    return _choice(environment.get("OPENSHELL_NETWORK_MODE"), "OPENSHELL_NETWORK_MODE", NETWORK_MODES) or "auto"
+
+
+def _choice(value: str | None, name: str, known: Sequence[str]) -> str | None:
+    if not value:
+        return None
+    if value not in known:
+        hint = "platform mode is not built yet" if value.lower() == "platform" else f"known are {', '.join(known)}"
+        raise _fail("unknown_value", f"{name}: unknown value {value!r}", hint)
+    return value
+
+
+def _layers(text: str) -> frozenset[Layer]:
+    names = [item.strip() for item in text.split(",") if item.strip()]
+    unknown = [name for name in names if name not in set(Layer)]
+    if unknown:
+        raise _fail("unknown_value", f"--require: unknown layer {unknown[0]!r}", f"known are {', '.join(Layer)}")
+    return frozenset(Layer(name) for name in names)
+
+
+def _pins(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    pins: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        host, separator, address = item.partition("=")
+        host = host.strip().lower().rstrip(".")
+        if not separator or not re.fullmatch(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?", host):
+            raise _fail("unknown_value", f"--resolve: {item!r} is not HOST=ADDRESS", "for example --resolve api.example.com=127.0.0.1")
+        try:
+            pins[host] = (*pins.get(host, ()), str(ipaddress.ip_address(address.strip().strip("[]"))))
+        except ValueError:
+            raise _fail("unknown_value", f"--resolve: {address!r} is not an IP address", "names are not resolved here") from None
+    return pins
+
+
+def _path(value: str | None) -> Path | None:
+    return Path(value) if value else None
+
+
+def _existing_file(value: str | None, name: str) -> Path | None:
+    if not value:
+        return None
+    path = Path(value)
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise _fail("unreadable_file", f"{name}: cannot read {value}: {error.strerror}", "name a file that this user can read") from None
+    return path
+
+
+def _pem(path: Path | None) -> Path | None:
+    if path is not None and b"-----BEGIN CERTIFICATE-----" not in path.read_bytes():
+        raise _fail("invalid_file", f"--upstream-ca: {path} holds no PEM certificate", "convert it with `openssl x509 -outform PEM`")
+    return path
+
+
+def _directory(value: str | None, name: str) -> Path | None:
+    if value and not Path(value).is_dir():
+        raise _fail("unreadable_file", f"{name}: {value} is not a directory", "create it, or name another")
+    return _path(value)
+
+
+def _output(value: str | None, name: str) -> Path | None:
+    """A file to be written later: its directory must exist and be writable now, so that nothing starts in vain."""
+    if not value:
+        return None
+    path = Path(value)
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise _fail("unwritable_file", f"{name}: cannot write {value}", "the directory must exist and be writable by this user")
+    return path
+
+
+def _seconds(text: str, name: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 10**9:
+        raise _fail("unknown_value", f"{name}: {text!r} is not a number of seconds", "0 or more, for example 30")
+    return value
+
+
+def _log_level(flag: str | None, environment: Mapping[str, str]) -> str:
+    rust = environment.get("RUST_LOG", "")  # upstream: a valid RUST_LOG overrides the level; only its default part counts here
+    levels = [part for part in (item.strip().lower() for item in rust.split(",")) if part in LOG_LEVELS]
+    if levels:
+        return levels[-1]
+    return _choice((flag or environment.get("OPENSHELL_LOG_LEVEL") or "info").lower(), "--log-level", LOG_LEVELS) or "info"
+
+
+def _user_variables(text: str) -> dict[str, str]:
+    """OPENSHELL_USER_ENVIRONMENT: a JSON map of text; anything else counts as empty (contract 1.5)."""
+    try:
+        value: Any = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return {}
+    return {k: v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
+
+
+def _cross_check(settings: Settings) -> None:
+    if settings.network_mode == "host" and settings.egress == "enforce":
+        raise _fail(
+            "contradiction",
+            "--egress enforce contradicts network mode host: without a boundary nothing can be enforced",
+            "choose --network-mode isolated or auto, or leave --egress out",
+        )
+    if settings.network_mode == "host" and Layer.NETWORK in settings.require:
+        raise _fail(
+            "contradiction", "--require network contradicts network mode host", "choose --network-mode isolated or auto"
+        )
+    if settings.egress == "observe" and Layer.NETWORK in settings.require:
+        raise _fail("contradiction", "--require network contradicts --egress observe", "leave one of them out")
+    targets = [path for path in (settings.status_file, settings.ocsf_file) if path is not None]
+    if len(targets) == 2 and targets[0].absolute() == targets[1].absolute():
+        raise _fail("contradiction", "--status-file and --ocsf-file name the same file", "give each a file of its own")

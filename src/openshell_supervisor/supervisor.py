@@ -1,0 +1,370 @@
+"""The life of a sandbox, told once: settings, policy, boundary, proxy, launch, workload, drain, exit code.
+
+Each step is a room's; this module only puts them in order and carries their answers on. What confines returns an
+`Enforcement`; they become one `Statement` before the workload runs its first instruction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import secrets
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from openshell_supervisor import __version__, report, rundir
+from openshell_supervisor.boundary import ladder, probe
+from openshell_supervisor.boundary.boundary import Boundary
+from openshell_supervisor.confine import identity as identities
+from openshell_supervisor.confine import launcher
+from openshell_supervisor.confine.identity import Identity
+from openshell_supervisor.enforcement import Enforcement, Layer, State, Statement
+from openshell_supervisor.errors import BoundaryError, ConfineError, LaunchError
+from openshell_supervisor.policy import yaml_file
+from openshell_supervisor.policy.model import SandboxPolicy
+from openshell_supervisor.proxy.authority import CertificateAuthority
+from openshell_supervisor.proxy.frontend import Proxy, ProxyOptions
+from openshell_supervisor.settings import Settings
+from openshell_supervisor.telemetry.events import Context, Process, Severity, Telemetry
+from openshell_supervisor.telemetry.plain_log import configure_plain_logging
+from openshell_supervisor.telemetry.sinks import ConsoleSink, JsonlSink
+from openshell_supervisor.verdict.decide import Generation, build_generation
+from openshell_supervisor.workload import environ, process
+from openshell_supervisor.workload.child import Child
+from openshell_supervisor.workload.reaper import Reaper, become_subreaper
+from openshell_supervisor.workload.terminal import Terminal
+
+PR_SET_DUMPABLE = 4  # linux/prctl.h
+# Where a container image may carry a policy (contract 5.1); tried in this order when none is named.
+POLICY_ON_DISK = (Path("/etc/openshell/policy.yaml"), Path("/etc/navigator/policy.yaml"))
+# After the workload's end, live exchanges have nobody left to answer; this is for the last events only.
+PROXY_DRAIN_SECONDS = 1.0
+PID_LIMIT_FILE = Path("/sys/fs/cgroup/pids.max")
+
+log = structlog.get_logger("openshell_supervisor.supervisor")
+
+
+@dataclass(slots=True)
+class Run:
+    """What one run carries from step to step."""
+
+    settings: Settings
+    telemetry: Telemetry
+    reaper: Reaper
+    generation: Generation
+    identity: Identity
+    directory: Path
+    authority: CertificateAuthority
+    trust: environ.Trust
+    terminal: Terminal | None = None
+
+
+@dataclass(slots=True)
+class Settled:
+    """A rung that holds: the proxy on it, its task, and what was verified from inside."""
+
+    proxy: Proxy
+    serving: asyncio.Task[None]
+    egress: str
+    evidence: dict[str, object]
+    privileges: dict[str, Any]
+
+
+async def run(settings: Settings) -> int:
+    """Live one sandbox's life; answers the exit code. Raises `SupervisorError` for everything that can be explained."""
+    configure_plain_logging(settings.log_level)
+    telemetry = _telemetry(settings)
+    try:
+        async with _prepared(settings, telemetry) as prepared:
+            return await _live(prepared)
+    finally:
+        telemetry.close()
+
+
+def _telemetry(settings: Settings) -> Telemetry:
+    sinks: list[Any] = [ConsoleSink(settings.log_level)]
+    if settings.ocsf_file is not None:
+        sinks.append(JsonlSink(settings.ocsf_file))
+    context = Context(settings.sandbox_id, settings.sandbox_name, image=settings.image, version=__version__)
+    return Telemetry(context, sinks)
+
+
+@contextlib.asynccontextmanager
+async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Run]:
+    """Everything that can fail before the host is touched, in that order; the run directory is removed at the end."""
+    # Same-uid processes must not read our memory, environment or descriptors through /proc (prctl(2), PR_SET_DUMPABLE).
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    policy = _load_policy(settings, telemetry)
+    identity = identities.resolve(_identity_inputs(settings, policy))
+    if identity.note:
+        log.info("workload identity", uid=identity.uid, gid=identity.gid, why=identity.note)
+    _check_pid_limit(settings)
+    directory = rundir.create(settings.run_dir, os.environ)
+    reaper = Reaper()
+    become_subreaper()
+    reaper.install()
+    try:
+        authority = await asyncio.to_thread(CertificateAuthority.create)
+        files = authority.write(settings.tls_dir or directory, extra=settings.upstream_ca)
+        telemetry.config("enabled", "TLS termination enabled: ephemeral CA generated")
+        trust = environ.Trust(files.ca, files.bundle)
+        yield Run(settings, telemetry, reaper, build_generation(policy, 1), identity, directory, authority, trust)
+    finally:
+        reaper.uninstall()
+        rundir.remove(directory)
+
+
+def _load_policy(settings: Settings, telemetry: Telemetry) -> SandboxPolicy:
+    """The named file, else one in the image, else the default that allows nothing. Raises `PolicyError`."""
+    path = settings.policy or next((candidate for candidate in POLICY_ON_DISK if candidate.is_file()), None)
+    if path is None:
+        telemetry.config("default", "No policy file on disk, using restrictive default", path=str(POLICY_ON_DISK[0]))
+        return yaml_file.default_policy()
+    loaded = yaml_file.load(path)
+    telemetry.config("loaded", "Loaded sandbox policy from a local file", path=str(path), rules=len(loaded.policy.network_policies))
+    not_built = yaml_file.not_built(loaded.policy)
+    for problem in (*loaded.warnings, *not_built):
+        telemetry.config(
+            "validated",
+            f"Policy warning: {problem.text(str(path))}",
+            severity=Severity.MEDIUM,
+            unmapped={"warning": problem.code},
+        )
+    landlock = loaded.policy.landlock
+    if landlock is not None and landlock.compatibility == "hard_requirement":
+        raise ConfineError(
+            "the policy demands Landlock (compatibility: hard_requirement), which is not built yet",
+            code="not_built",
+            step="policy",
+            hint="set landlock.compatibility to best_effort; the statement then says that the layer is off",
+        )
+    return loaded.policy
+
+
+def _identity_inputs(settings: Settings, policy: SandboxPolicy) -> identities.IdentityInputs:
+    named = policy.process
+    return identities.IdentityInputs(
+        run_as_user=named.run_as_user if named else "",
+        run_as_group=named.run_as_group if named else "",
+        oci_user=settings.oci_user,
+        sandbox_uid=settings.sandbox_uid,
+        sandbox_gid=settings.sandbox_gid,
+        workdir=str(settings.workdir or ""),
+        environment=os.environ,
+    )
+
+
+def _check_pid_limit(settings: Settings) -> None:
+    """Contract 1.5: a missing pids limit is a warning, or fatal where the operator requires one."""
+    try:
+        limited = PID_LIMIT_FILE.read_text().strip().isdigit()
+    except OSError:
+        limited = False
+    if limited:
+        return
+    if settings.require_pid_limit:
+        raise ConfineError(
+            "no limit on the number of processes is set (OPENSHELL_REQUIRE_RUNTIME_PID_LIMIT)",
+            code="pid_limit_missing",
+            step="pid limit",
+            hint="start the container with --pids-limit",
+        )
+    log.debug("no limit on the number of processes", file=str(PID_LIMIT_FILE))
+
+
+async def _live(prepared: Run) -> int:
+    """From the boundary to the exit code."""
+    settings, telemetry = prepared.settings, prepared.telemetry
+    with contextlib.ExitStack() as stack:
+        if settings.tty or (os.isatty(0) and os.isatty(1)):
+            prepared.terminal = stack.enter_context(Terminal())
+        ascent = await _climb(prepared)
+        settled = ascent.settled
+        try:
+            statement = _statement(prepared, ascent)
+            report.announce(statement, ascent.failures, telemetry)
+            sys.stderr.write(f"{statement.table()}\n")
+            if settings.status_file is not None:
+                report.write_status(settings.status_file, statement)
+            report.require(statement, settings.require)
+            return await _run_workload(prepared, ascent.boundary, ascent.launcher, settled)
+        finally:
+            ascent.launcher.discard()
+            await _stop_proxy(settled)
+            await ascent.boundary.close()
+
+
+async def _climb(prepared: Run) -> ladder.Ascent[Child, Settled]:
+    settings = prepared.settings
+    # An explicit wish to enforce excludes the rung that cannot: auto then refuses instead of observing.
+    mode = "isolated" if settings.network_mode == "auto" and settings.egress == "enforce" else settings.network_mode
+    terminal = prepared.terminal
+    stdio = {0: terminal.slave, 1: terminal.slave, 2: terminal.slave} if terminal is not None else None
+    return await ladder.climb(
+        mode,
+        label=f"sandbox-{secrets.token_hex(4)}",
+        identity=prepared.identity.as_plan(),
+        new_launcher=lambda: Child.start(prepared.reaper, Path(launcher.__file__), stdio),
+        settle=lambda boundary, child: _settle(prepared, boundary, child),
+        telemetry=prepared.telemetry,
+    )
+
+
+async def _settle(prepared: Run, boundary: Boundary, child: Child) -> Settled:
+    """Start the proxy on the rung, confine the launcher, and look from inside. Raises `BoundaryError` for a rung that leaks."""
+    settings = prepared.settings
+    egress = "observe" if not boundary.isolated or settings.egress == "observe" else "enforce"
+    options = ProxyOptions(egress=egress, pins=settings.resolve, upstream_ca=settings.upstream_ca)
+    generation: Callable[[], Generation] = lambda: prepared.generation  # noqa: E731
+    proxy = Proxy(options, generation=generation, telemetry=prepared.telemetry, authority=prepared.authority)
+    nonce = secrets.token_hex(16)
+    proxy.answer_probe(nonce)
+    serving = asyncio.create_task(proxy.serve(boundary.listener), name="proxy")
+    settled = Settled(proxy, serving, egress, {}, {})
+    try:
+        answer, _ = await child.ask(_confine_request(prepared))
+        settled.privileges = answer["privileges"]
+        finding = await probe.inspect(boundary, child, nonce)
+        if not finding.tight:
+            what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
+            raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
+        settled.evidence = {**boundary.detail, **finding.detail}
+    except BaseException:
+        await _stop_proxy(settled)
+        raise
+    return settled
+
+
+def _confine_request(prepared: Run) -> dict[str, Any]:
+    return {
+        "op": "confine",
+        "identity": prepared.identity.as_plan(),
+        "cwd": str(prepared.settings.workdir) if prepared.settings.workdir else None,
+        "die_with_parent": True,
+        "parent": os.getpid(),
+    }
+
+
+def _statement(prepared: Run, ascent: ladder.Ascent[Child, Settled]) -> Statement:
+    settled, policy = ascent.settled, prepared.generation.policy
+    rung = ascent.boundary.rung
+    effective = "host" if rung == "observed" else "isolated"
+    network = report.network_layer(
+        requested=prepared.settings.network_mode,
+        rung=rung,
+        egress=settled.egress,
+        failures=ascent.failures,
+        evidence=settled.evidence,
+    )
+    return Statement.of(
+        requested_mode=prepared.settings.network_mode,
+        effective_mode=effective,
+        rung=rung,
+        egress=settled.egress,
+        policy_generation=prepared.generation.number,
+        layers=[network, *_other_layers(prepared, policy, settled.privileges)],
+    )
+
+
+def _other_layers(prepared: Run, policy: SandboxPolicy, privileges: dict[str, Any]) -> list[Enforcement]:
+    asks_files = policy.filesystem is not None
+    asks_binaries = any(rule.binaries for rule in policy.network_policies.values())
+    files = "asked for by the policy, but file rules are not built yet" if asks_files else "the policy has no file rules"
+    if prepared.settings.relaxed_identity:
+        binaries = "OPENSHELL_NETWORK_BINARY_IDENTITY turns it off"
+    elif asks_binaries:
+        binaries = "the policy lists binaries, but telling them apart is not built yet: every process counts as allowed"
+    else:
+        binaries = "the policy lists no binaries"
+    return [
+        Enforcement(Layer.FILESYSTEM, State.OFF, files, asked=asks_files),
+        Enforcement(Layer.SYSCALLS, State.OFF, "the system call filter is not built yet", asked=False),
+        _privilege_layer(prepared.identity, privileges),
+        Enforcement(Layer.SUPERVISOR_SYSCALLS, State.OFF, "the system call filter is not built yet", asked=False),
+        Enforcement(Layer.BINARY_IDENTITY, State.OFF, binaries, asked=asks_binaries),
+    ]
+
+
+def _privilege_layer(identity: Identity, verified: dict[str, Any]) -> Enforcement:
+    if identity.uid == 0:
+        reason = "the workload keeps uid 0, without capabilities: " + (identity.note or "the supervisor runs as root")
+        return Enforcement(Layer.PRIVILEGES, State.DEGRADED, reason, detail=verified)
+    reason = f"uid {identity.uid}, gid {identity.gid}, no capabilities, no_new_privs; uid 0 cannot be taken again"
+    return Enforcement(Layer.PRIVILEGES, State.ENFORCED, reason, detail=verified)
+
+
+async def _run_workload(prepared: Run, boundary: Boundary, child: Child, settled: Settled) -> int:
+    settings, telemetry = prepared.settings, prepared.telemetry
+    workload = process.Workload(
+        child,
+        grace=settings.grace,
+        timeout=settings.timeout,
+        signal_as=lambda group, number: _signal_as(prepared, group, number),
+    )
+    workload.forward_signals()
+    guard = process.Guard.start(prepared.reaper, child.pid, boundary.netns_inode, prepared.directory)
+    settled.serving.add_done_callback(lambda task: _proxy_lost(task, workload))
+    warming = asyncio.create_task(settled.proxy.warm(), name="proxy warm-up")
+    described = Process(settings.command[0], child.pid)
+    try:
+        request = {"op": "exec", "argv": list(settings.command), "env": _environment(prepared, boundary)}
+        await process.run_attached(child, request, prepared.terminal)
+        telemetry.process_launched(described)
+        outcome = await workload.wait()
+        if prepared.terminal is not None:
+            await prepared.terminal.drain()
+        if outcome.timed_out:
+            telemetry.process_terminated(described, None, timed_out=True)
+        telemetry.process_terminated(described, outcome.code)
+        return outcome.code
+    finally:
+        workload.release_signals()
+        warming.cancel()
+        left = await process.clear_away(child.pid, boundary.netns_inode, frozenset({guard.pid}))
+        if left:
+            log.warning("processes of the workload could not be ended", pids=left)
+        guard.dismiss()
+
+
+def _environment(prepared: Run, boundary: Boundary) -> dict[str, str]:
+    identity = prepared.identity
+    return environ.workload_environment(
+        os.environ,
+        session=environ.Session(identity.user, identity.home, prepared.terminal is not None),
+        user_variables=prepared.settings.user_variables,
+        proxy_url=boundary.proxy_url,
+        trust=prepared.trust,
+    )
+
+
+async def _signal_as(prepared: Run, group: int, number: int) -> None:
+    """Send a signal through a launcher that took the workload's identity: we lack CAP_KILL over it."""
+    child = Child.start(prepared.reaper, Path(launcher.__file__))
+    try:
+        await child.ask({**_confine_request(prepared), "cwd": None})
+        await child.ask({"op": "signal", "group": group, "signal": int(number)})
+    except LaunchError as error:
+        log.warning("cannot signal the workload", step=error.step, errno=error.errno_name)
+    finally:
+        child.discard()
+
+
+def _proxy_lost(task: asyncio.Task[None], workload: process.Workload) -> None:
+    """The proxy ended while the workload runs: nothing can leave any more, so end the workload instead of letting it hang."""
+    if task.cancelled():
+        return
+    log.error("the proxy ended; ending the workload", error=repr(task.exception()))
+    workload.request_end()
+
+
+async def _stop_proxy(settled: Settled) -> None:
+    await settled.proxy.drain(PROXY_DRAIN_SECONDS)
+    settled.serving.cancel()
+    await asyncio.wait({settled.serving}, timeout=PROXY_DRAIN_SECONDS)

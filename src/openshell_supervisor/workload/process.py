@@ -1,0 +1,164 @@
+"""The workload's life: go, wait, pass signals on, end it in time, and clear away what it leaves behind.
+
+It has a session of its own (setsid in the launcher), so its session id and process group are its pid. Termination goes
+TERM, grace, KILL. Its exit code becomes ours: 128+n for a signal, 124 when `timeout` ended it (contract 1.4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openshell_supervisor.errors import EXIT_TIMEOUT, LaunchError
+from openshell_supervisor.workload import guard
+from openshell_supervisor.workload.child import Child, interpreter
+from openshell_supervisor.workload.reaper import Reaper
+from openshell_supervisor.workload.terminal import Terminal
+
+# Passed on to the workload's process group as they come.
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+# These ask for an end, so they start the grace period as well.
+ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+# A killed process is gone in milliseconds unless it is stuck in the kernel; then nothing can be done but to say so.
+KILL_PATIENCE = 5.0
+
+SignalAs = Callable[[int, int], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the workload ended: our exit code, the signal that ended it (or None), and whether the timeout did."""
+
+    code: int
+    signal: int | None
+    timed_out: bool
+
+
+class Workload:
+    """One running workload. `signal_as` sends a signal with the workload's identity where the supervisor may not."""
+
+    def __init__(self, child: Child, *, grace: float, timeout: float, signal_as: SignalAs) -> None:
+        self._child = child
+        self._grace = grace
+        self._timeout = timeout
+        self._signal_as = signal_as
+        self._end_requested = asyncio.Event()
+        self._pending: set[asyncio.Task[None]] = set()
+        self.timed_out = False
+
+    @property
+    def pid(self) -> int:
+        """The workload's first process; also its session and process group."""
+        return self._child.pid
+
+    def forward_signals(self) -> None:
+        """Install the handlers. Called before the workload exists, so that an early signal is never lost."""
+        loop = asyncio.get_running_loop()
+        for number in FORWARDED:
+            loop.add_signal_handler(number, self._forward, number)
+
+    def release_signals(self) -> None:
+        """Give the handlers back."""
+        loop = asyncio.get_running_loop()
+        for number in FORWARDED:
+            loop.remove_signal_handler(number)
+
+    def request_end(self) -> None:
+        """End the workload as a SIGTERM from outside would."""
+        self._forward(signal.SIGTERM)
+
+    def _forward(self, number: signal.Signals) -> None:
+        task = asyncio.get_running_loop().create_task(self._send(number))
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+        if number in ENDING:
+            self._end_requested.set()
+
+    async def _send(self, number: int) -> None:
+        if self._child.exited.done():
+            return
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            # Not yet the leader of a group: it is still the launcher, which must not outlive the wish to end.
+            if number in ENDING:
+                os.kill(self.pid, signal.SIGKILL)
+        except PermissionError:
+            await self._signal_as(self.pid, number)  # no CAP_KILL over another user's process (kill(2))
+
+    async def wait(self) -> Outcome:
+        """Wait for the end, by itself, on request or by the timeout."""
+        ending = asyncio.create_task(self._end_requested.wait())
+        try:
+            limit = self._timeout or None
+            done, _ = await asyncio.wait({self._child.exited, ending}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                self.timed_out = True
+                await self._send(signal.SIGTERM)
+            if not self._child.exited.done():
+                await self._end_within(self._grace)
+        finally:
+            ending.cancel()
+        status = self._child.exited.result()
+        number = -status if status < 0 else None
+        code = EXIT_TIMEOUT if self.timed_out else (128 - status if status < 0 else status)
+        return Outcome(code, number, self.timed_out)
+
+    async def _end_within(self, grace: float) -> None:
+        await asyncio.wait({self._child.exited}, timeout=grace)
+        if self._child.exited.done():
+            return
+        await self._send(signal.SIGKILL)
+        await asyncio.wait({self._child.exited}, timeout=KILL_PATIENCE)
+        if not self._child.exited.done():
+            raise LaunchError("the workload cannot be killed", code="workload_stuck", step="kill", hint=f"look at /proc/{self.pid}/stack")
+
+
+class Guard:
+    """The process that ends the workload when the supervisor dies without a word; see `workload.guard`."""
+
+    def __init__(self, pid: int, link: socket.socket) -> None:
+        self._pid = pid
+        self._link = link
+
+    @classmethod
+    def start(cls, reaper: Reaper, session: int, inode: int | None, run_dir: Path) -> Guard:
+        """Start it; `inode` is the workload's network namespace, None where that is shared."""
+        ours, theirs = socket.socketpair()
+        argv = [interpreter(), "-I", "-S", "-B", str(Path(guard.__file__)), str(session), str(inode or 0), str(run_dir)]
+        try:
+            pid, _ = reaper.spawn(argv, {}, {3: theirs.fileno()})
+        finally:
+            theirs.close()
+        return cls(pid, ours)
+
+    @property
+    def pid(self) -> int:
+        """The guard's own pid, which the sweep must spare."""
+        return self._pid
+
+    def dismiss(self) -> None:
+        """Tell it that the end was orderly."""
+        try:
+            self._link.send(b"x")
+        except OSError:
+            pass  # it is gone already, and with it the need for it
+        self._link.close()
+
+
+async def clear_away(session: int, inode: int | None, spare: frozenset[int]) -> list[int]:
+    """End every process the workload left behind; answers those that could not be ended. Off the loop: it scans /proc."""
+    return await asyncio.to_thread(guard.end_all, session, inode, os.getpid(), spare)
+
+
+async def run_attached(child: Child, request: Mapping[str, Any], terminal: Terminal | None) -> None:
+    """Tell the launcher to become the workload; with a terminal, give up our end of the slave."""
+    await child.execute({**request, "tty": terminal is not None})
+    if terminal is not None:
+        terminal.started()

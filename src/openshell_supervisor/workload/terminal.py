@@ -1,0 +1,113 @@
+"""A terminal of its own for the workload, relayed to ours.
+
+The workload never gets our controlling terminal: with it, it could push characters into the shell outside (TIOCSTI,
+ioctl_tty(2)). It gets the slave of a new pair in a session of its own; we copy bytes both ways and pass on size changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import pty
+import signal
+import struct
+import termios
+import tty
+from types import TracebackType
+
+# One read's worth each way; a terminal's own buffer is 4 KiB (n_tty), so more would only sit here.
+CHUNK_BYTES = 4096
+# Size of a terminal nobody is attached to (upstream: 24 rows, 80 columns).
+DEFAULT_ROWS, DEFAULT_COLUMNS = 24, 80
+# After the workload's end its last output may still be in the pair; upstream waits 2 s for its readers.
+DRAIN_SECONDS = 2.0
+
+
+class Terminal:
+    """A pseudo-terminal pair; use as a context manager around the workload's life."""
+
+    def __init__(self) -> None:
+        self._master, self.slave = pty.openpty()
+        os.set_blocking(self._master, False)
+        self._outside = 0 if os.isatty(0) else None
+        self._saved: list[object] | None = None
+        self._ended = asyncio.Event()
+        self.resize()
+
+    def resize(self) -> None:
+        """Give the pair our own terminal's size, or 24x80 without one."""
+        size = struct.pack("HHHH", DEFAULT_ROWS, DEFAULT_COLUMNS, 0, 0)
+        if self._outside is not None:
+            size = fcntl.ioctl(self._outside, termios.TIOCGWINSZ, size)
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, size)
+
+    def started(self) -> None:
+        """The workload holds the slave now: close ours, so that its end is seen."""
+        os.close(self.slave)
+        self.slave = -1
+
+    def __enter__(self) -> Terminal:
+        loop = asyncio.get_running_loop()
+        if self._outside is not None:
+            self._saved = termios.tcgetattr(self._outside)
+            tty.setraw(self._outside)
+            loop.add_signal_handler(signal.SIGWINCH, self.resize)
+        loop.add_reader(self._master, self._from_workload)
+        try:
+            loop.add_reader(0, self._to_workload)
+        except (PermissionError, OSError):
+            pass  # stdin is a regular file or closed: epoll refuses it, and a terminal session has nothing to read there
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._master)
+        loop.remove_reader(0)
+        if self._outside is not None and self._saved is not None:
+            loop.remove_signal_handler(signal.SIGWINCH)
+            termios.tcsetattr(self._outside, termios.TCSADRAIN, self._saved)
+        os.close(self._master)
+        if self.slave >= 0:
+            os.close(self.slave)
+
+    async def drain(self) -> None:
+        """Wait until everything the workload wrote has been copied, at most `DRAIN_SECONDS`."""
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await self._ended.wait()
+        except TimeoutError:
+            pass  # a process left behind still holds the slave; its output is not the workload's
+
+    def _from_workload(self) -> None:
+        try:
+            data = os.read(self._master, CHUNK_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:  # EIO: the last holder of the slave is gone
+            data = b""
+        if not data:
+            asyncio.get_running_loop().remove_reader(self._master)
+            self._ended.set()
+            return
+        _write_all(1, data)
+
+    def _to_workload(self) -> None:
+        data = os.read(0, CHUNK_BYTES)
+        if not data:
+            asyncio.get_running_loop().remove_reader(0)
+            data = b"\x04"  # end of file on a terminal is the EOF character (termios(3), VEOF)
+        try:
+            os.write(self._master, data)
+        except BlockingIOError:
+            pass  # the workload reads nothing and its buffer is full: a terminal drops input then, too
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            continue
+        except OSError:
+            return  # nobody reads our output any more; the workload goes on

@@ -8,6 +8,7 @@ closed-loop load, whose latencies are what a client sees. Arguments: `direct ADD
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -68,10 +69,12 @@ class Route:
         return sock
 
     def open(self, scheme: str, host: str, port: int) -> tuple[socket.socket, bytes]:
-        """A connection that takes requests for `host`, and the request to send on it."""
+        """A connection that takes requests for `host`, and the request to send on it, with a `%d` in its path."""
         if scheme == "https":
-            return self.tls.wrap_socket(self.tunnel(host, port), server_hostname=host), request("/v1/items", host, port)
-        target = f"http://{host}:{port}/v1/items" if self.proxy else "/v1/items"
+            return self.tls.wrap_socket(self.tunnel(host, port), server_hostname=host), request(
+                "/v1/items/%d", host, port
+            )
+        target = f"http://{host}:{port}/v1/items/%d" if self.proxy else "/v1/items/%d"
         return self.dial(port), request(target, host, port)
 
 
@@ -110,8 +113,11 @@ def response_length(buffer: bytearray) -> int | None:
 class Connection:
     """One keep-alive connection with at most one request in flight."""
 
-    def __init__(self, route: Route, scheme: str, host: str, port: int) -> None:
+    numbers = itertools.count(1)
+
+    def __init__(self, route: Route, scheme: str, host: str, port: int, *, fresh_paths: bool = False) -> None:
         self.sock, self.request = route.open(scheme, host, port)
+        self.fresh_paths = fresh_paths
         self.sock.setblocking(False)
         self.buffer = bytearray()
         self.started = 0.0
@@ -119,7 +125,8 @@ class Connection:
     def send(self) -> None:
         """Start a request. It is smaller than any socket buffer, so it leaves in one call."""
         self.started = time.perf_counter()
-        if self.sock.send(self.request) != len(self.request):
+        data = self.request % (next(self.numbers) if self.fresh_paths else 0)
+        if self.sock.send(data) != len(data):
             raise LoadError("a request did not fit into the socket buffer")
 
     def receive(self) -> float | None:
@@ -139,9 +146,11 @@ class Connection:
 
 
 def requests(route: Route, order: Order) -> Answer:
-    """Closed-loop keep-alive requests for `seconds` over `connections`; rate and latencies in milliseconds."""
+    """Closed-loop keep-alive requests for `seconds` over `connections`, all for one path or (`fresh_paths`) each for a
+    path never asked before; rate and latencies in milliseconds."""
     place = (order["scheme"], order["host"], order["port"])
-    live = [Connection(route, *place) for _ in range(order["connections"])]
+    fresh = bool(order["fresh_paths"])
+    live = [Connection(route, *place, fresh_paths=fresh) for _ in range(order["connections"])]
     poller = select.epoll()
     by_fd = {connection.sock.fileno(): connection for connection in live}
     for descriptor in by_fd:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from bench.contenders import Contender
@@ -17,7 +18,7 @@ RATE = Target(">= 2 x mitmdump", 2.0, at_least=True)
 PEER = "mitmdump"
 
 
-def _order(lab: Lab, scheme: str, connections: int, seconds: float) -> dict[str, object]:
+def _order(lab: Lab, scheme: str, connections: int, seconds: float, *, fresh: bool = False) -> dict[str, object]:
     host = TLS_HOST if scheme == "https" else PLAIN_HOST
     return {
         "do": "requests",
@@ -26,6 +27,7 @@ def _order(lab: Lab, scheme: str, connections: int, seconds: float) -> dict[str,
         "port": lab.ports[scheme],
         "connections": connections,
         "seconds": seconds,
+        "fresh_paths": fresh,
     }
 
 
@@ -45,6 +47,14 @@ def _rows(label: str, samples: Samples, failures: list[str]) -> list[Row]:
     return rows
 
 
+def _uncached(lab: Lab, plan: Plan, contenders: dict[str, Contender], sample: Callable[..., Sample]) -> Row:
+    """Every request for a path never asked before, so that no verdict comes from a cache. No target: said for truth."""
+    order = _order(lab, "http", CONNECTIONS[-1], plan.load_s, fresh=True)
+    samples, failures = interleave(list(contenders), partial(sample, order=order), plan.load_rounds)
+    name = f"plain, {CONNECTIONS[-1]} conn., every path new"
+    return Row(name, "req/s", medians(samples, "rate"), failure="; ".join(failures), spread=spread(samples, "rate"))
+
+
 def measure(lab: Lab, plan: Plan, contenders: dict[str, Contender]) -> list[Row]:
     """Every scheme at every number of connections, each after a short unmeasured warm-up."""
 
@@ -59,4 +69,4 @@ def measure(lab: Lab, plan: Plan, contenders: dict[str, Contender]) -> list[Row]
             order = _order(lab, scheme, connections, plan.load_s)
             samples, failures = interleave(list(contenders), partial(sample, order=order), plan.load_rounds)
             rows += _rows(f"{'plain' if scheme == 'http' else 'TLS'}, {connections} conn.", samples, failures)
-    return rows
+    return [*rows, _uncached(lab, plan, contenders, sample)]

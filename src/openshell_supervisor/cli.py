@@ -39,7 +39,9 @@ def check(arguments: Sequence[str]) -> int:
     from openshell_supervisor.policy import check as check_room
 
     if not arguments or arguments[0].startswith("-"):
-        raise SettingsError("check: name at least one policy file", code="usage", hint="openshell-supervisor check POLICY")
+        raise SettingsError(
+            "check: name at least one policy file", code="usage", hint="openshell-supervisor check POLICY"
+        )
     good = True
     for path in arguments:
         text, usable = check_room.report(path)
@@ -76,5 +78,7 @@ def _dispatch(arguments: list[str]) -> int:
     from openshell_supervisor.settings import RESERVED_WORDS
 
     if first in RESERVED_WORDS:
-        raise SettingsError(f"{first}: {RESERVED_WORDS[first]}", code="not_built", hint="to run a program of that name: run -- " + first)
+        raise SettingsError(
+            f"{first}: {RESERVED_WORDS[first]}", code="not_built", hint="to run a program of that name: run -- " + first
+        )
     return run(arguments)

@@ -63,7 +63,11 @@ class Problem:
 
     def text(self, source: str = "") -> str:
         """`file:line:column: path: message (hint) [code]`, leaving out what is unknown."""
-        place = ":".join(part for part in (source, str(self.line) if self.line else "", str(self.column) if self.column else "") if part)
+        place = ":".join(
+            part
+            for part in (source, str(self.line) if self.line else "", str(self.column) if self.column else "")
+            if part
+        )
         head = ": ".join(part for part in (place, self.path) if part)
         body = f"{self.message} [{self.code}]" + (f" (hint: {self.hint})" if self.hint else "")
         return f"{head}: {body}" if head else body

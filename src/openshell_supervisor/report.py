@@ -28,7 +28,9 @@ def write_status(path: Path, statement: Statement) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise SettingsError(
-            f"--status-file: cannot write {path}: {error.strerror}", code="unwritable_file", hint="name a writable place"
+            f"--status-file: cannot write {path}: {error.strerror}",
+            code="unwritable_file",
+            hint="name a writable place",
         ) from error
 
 
@@ -47,14 +49,12 @@ def announce(statement: Statement, failures: tuple[Failure, ...], telemetry: Tel
         )
     elif statement.egress == "observe":
         telemetry.degraded("host", effective=statement.effective_mode, egress="observe")
+    states = " ".join(f"{item.layer.value}:{item.state.value}" for item in statement.layers)
     telemetry.config(
         "stated",
-        "Enforcement statement",
+        f"Enforcement statement [rung:{statement.rung} egress:{statement.egress} {states}]",
         enabled=None,
-        severity=Severity.INFORMATIONAL,
-        rung=statement.rung,
-        egress=statement.egress,
-        **{item.layer.value: item.state.value for item in statement.layers},
+        unmapped={"rung": statement.rung, **{item.layer.value: item.state.value for item in statement.layers}},
     )
     for item in statement.layers:
         if item.state is State.DEGRADED and item.layer is not Layer.NETWORK:
@@ -75,7 +75,8 @@ def require(statement: Statement, required: frozenset[Layer]) -> None:
     unmet = statement.unmet(required)
     if unmet:
         raise ConfineError(
-            "required layers do not hold: " + "; ".join(f"{item.layer.value} is {item.state.value} ({item.reason})" for item in unmet),
+            "required layers do not hold: "
+            + "; ".join(f"{item.layer.value} is {item.state.value} ({item.reason})" for item in unmet),
             code="requirement_unmet",
             step="require",
             hint="run where the host allows the layer, or drop it from --require",
@@ -86,7 +87,10 @@ def network_layer(
     *, requested: str, rung: str, egress: str, failures: tuple[Failure, ...], evidence: dict[str, object]
 ) -> Enforcement:
     """The network layer's entry: `enforced` only for an isolating rung that was probed and a proxy that enforces."""
-    detail = {**evidence, "failed_rungs": [{"rung": f.rung, "step": f.step, "errno": f.errno, "error": f.message} for f in failures]}
+    detail = {
+        **evidence,
+        "failed_rungs": [{"rung": f.rung, "step": f.step, "errno": f.errno, "error": f.message} for f in failures],
+    }
     if rung == "observed" and requested == "host":
         reason = "network mode host was asked for: verdicts are logged, egress is not enforced"
         return Enforcement(Layer.NETWORK, State.OFF, reason, asked=False, detail=detail)
@@ -95,7 +99,7 @@ def network_layer(
         reason = "no boundary could be built, verdicts are only logged: " + "; ".join(f.brief() for f in failures)
         return Enforcement(Layer.NETWORK, State.DEGRADED, reason, errno=errno, detail=detail)
     if egress == "observe":
-        reason = f"--egress observe was asked for: rung {rung} leaves only the proxy, which lets denied requests pass and logs them"
+        reason = f"--egress observe was asked for: rung {rung} leaves only the proxy, which lets denied requests pass"
         return Enforcement(Layer.NETWORK, State.OFF, reason, asked=False, detail=detail)
     reason = f"rung {rung}: only the proxy was reachable from inside"
     return Enforcement(Layer.NETWORK, State.ENFORCED, reason, detail=detail)

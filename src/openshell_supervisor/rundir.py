@@ -62,7 +62,7 @@ def remove(path: Path) -> None:
     """Remove the directory and the files in it; it holds no subdirectories."""
     try:
         for entry in os.scandir(path):
-            os.unlink(entry.path)  # noqa: PTH108  (an entry, not a Path)
+            os.unlink(entry.path)
         path.rmdir()
     except OSError:
         pass  # removed already, or on a file system that went away: nothing in it outlives its certificates' use

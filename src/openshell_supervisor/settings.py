@@ -30,7 +30,9 @@ LOG_LEVELS = ("error", "warn", "info", "debug", "trace")
 DEFAULT_COMMAND = ("/bin/bash", "-l")  # contract 1.3
 # `podman stop` and `docker stop` send SIGKILL after 10 s; the drain and the report need the rest.
 DEFAULT_GRACE_SECONDS = 8.0
-MAX_SPEC_BYTES = 1024 * 1024  # a command line in a variable; execve(2) allows 128 KiB per string, the encoding adds a third
+MAX_SPEC_BYTES = (
+    1024 * 1024
+)  # a command line in a variable; execve(2) allows 128 KiB per string, the encoding adds a third
 
 # Flags and variables of the interface whose capability is not built yet: refused by name, with the reason.
 STILL_TO_COME_FLAGS = {
@@ -118,7 +120,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="Everything after the first word that is not an option belongs to the command; put -- before it.",
         allow_abbrev=False,
     )
-    top.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND [ARG ...]", help="the workload, default a login shell")
+    top.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="-- COMMAND [ARG ...]", help="the workload, default a login shell"
+    )
     _add_policy_options(top)
     _add_workload_options(top)
     for flag in STILL_TO_COME_FLAGS:
@@ -130,16 +134,26 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_policy_options(top: argparse.ArgumentParser) -> None:
     top.add_argument("--policy", metavar="FILE", help="policy in YAML (OPENSHELL_POLICY)")
-    top.add_argument("--network-mode", metavar="MODE", help="isolated, host or auto (OPENSHELL_NETWORK_MODE; default auto)")
+    top.add_argument(
+        "--network-mode", metavar="MODE", help="isolated, host or auto (OPENSHELL_NETWORK_MODE; default auto)"
+    )
     top.add_argument("--host-network", action="store_true", help="the same as --network-mode host")
     top.add_argument("--egress", metavar="MODE", help="enforce or observe (OPENSHELL_EGRESS)")
-    top.add_argument("--require", metavar="LAYERS", help=f"refuse to start unless these hold: {', '.join(Layer)} (OPENSHELL_REQUIRE)")
-    top.add_argument("--status-file", metavar="PATH", help="write the enforcement statement here (OPENSHELL_STATUS_FILE)")
+    top.add_argument(
+        "--require", metavar="LAYERS", help=f"refuse to start unless these hold: {', '.join(Layer)} (OPENSHELL_REQUIRE)"
+    )
+    top.add_argument(
+        "--status-file", metavar="PATH", help="write the enforcement statement here (OPENSHELL_STATUS_FILE)"
+    )
     top.add_argument("--ocsf-file", metavar="PATH", help="append events as JSON lines (OPENSHELL_OCSF_FILE)")
-    top.add_argument("--resolve", metavar="HOST=ADDRESS", action="append", default=[], help="pin a name to an address, loopback too")
+    top.add_argument(
+        "--resolve", metavar="HOST=ADDRESS", action="append", default=[], help="pin a name to an address, loopback too"
+    )
     top.add_argument("--upstream-ca", metavar="FILE", help="PEM roots trusted upstream besides the system's")
     top.add_argument("--run-dir", metavar="DIR", help="the one writable directory (OPENSHELL_RUN_DIR)")
-    top.add_argument("--log-level", metavar="LEVEL", help="error, warn, info, debug or trace (OPENSHELL_LOG_LEVEL; default info)")
+    top.add_argument(
+        "--log-level", metavar="LEVEL", help="error, warn, info, debug or trace (OPENSHELL_LOG_LEVEL; default info)"
+    )
     top.add_argument("--sandbox-id", metavar="ID", help="sandbox id in events (OPENSHELL_SANDBOX_ID)")
     top.add_argument("--sandbox", metavar="NAME", help="sandbox name in events (OPENSHELL_SANDBOX)")
     top.add_argument("--openshell-endpoint", metavar="URL", help=argparse.SUPPRESS)
@@ -147,7 +161,9 @@ def _add_policy_options(top: argparse.ArgumentParser) -> None:
 
 def _add_workload_options(top: argparse.ArgumentParser) -> None:
     top.add_argument("--workdir", "-w", metavar="DIR", help="working directory of the workload")
-    top.add_argument("--timeout", "-t", metavar="SECONDS", default="0", help="end the workload after this time (exit code 124)")
+    top.add_argument(
+        "--timeout", "-t", metavar="SECONDS", default="0", help="end the workload after this time (exit code 124)"
+    )
     top.add_argument("--grace", metavar="SECONDS", help="time between SIGTERM and SIGKILL (OPENSHELL_GRACE; default 8)")
     top.add_argument("--interactive", "-i", action="store_true", help="give the workload a terminal of its own")
     top.add_argument("--version", action="version", version=f"openshell-supervisor {__version__}")
@@ -210,7 +226,9 @@ def _refuse_what_is_to_come(values: argparse.Namespace, environment: Mapping[str
     components = {item.strip() for item in (values.mode or "network,process").split(",") if item.strip()}
     if components != {"network", "process"}:
         known = components and components <= {"network", "process", "network-init"}
-        why = "only `network,process` together are built yet" if known else "known are network, process and network-init"
+        why = (
+            "only `network,process` together are built yet" if known else "known are network, process and network-init"
+        )
         raise _fail("not_built" if known else "usage", f"--mode {values.mode}: {why}", "leave the flag out")
 
 
@@ -262,7 +280,9 @@ def _main_process_spec(text: str) -> tuple[tuple[str, ...], bool]:
 def _network_mode(values: argparse.Namespace, environment: Mapping[str, str]) -> str:
     if values.host_network:
         if values.network_mode not in (None, "host"):
-            raise _fail("contradiction", f"--host-network contradicts --network-mode {values.network_mode}", "give one of them")
+            raise _fail(
+                "contradiction", f"--host-network contradicts --network-mode {values.network_mode}", "give one of them"
+            )
         return "host"
     if values.network_mode is not None:
         return _choice(values.network_mode, "--network-mode", NETWORK_MODES) or "auto"
@@ -292,11 +312,17 @@ def _pins(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
         host, separator, address = item.partition("=")
         host = host.strip().lower().rstrip(".")
         if not separator or not re.fullmatch(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?", host):
-            raise _fail("unknown_value", f"--resolve: {item!r} is not HOST=ADDRESS", "for example --resolve api.example.com=127.0.0.1")
+            raise _fail(
+                "unknown_value",
+                f"--resolve: {item!r} is not HOST=ADDRESS",
+                "for example --resolve api.example.com=127.0.0.1",
+            )
         try:
             pins[host] = (*pins.get(host, ()), str(ipaddress.ip_address(address.strip().strip("[]"))))
         except ValueError:
-            raise _fail("unknown_value", f"--resolve: {address!r} is not an IP address", "names are not resolved here") from None
+            raise _fail(
+                "unknown_value", f"--resolve: {address!r} is not an IP address", "names are not resolved here"
+            ) from None
     return pins
 
 
@@ -312,13 +338,19 @@ def _existing_file(value: str | None, name: str) -> Path | None:
         with path.open("rb") as file:
             file.read(1)
     except OSError as error:
-        raise _fail("unreadable_file", f"{name}: cannot read {value}: {error.strerror}", "name a file that this user can read") from None
+        raise _fail(
+            "unreadable_file", f"{name}: cannot read {value}: {error.strerror}", "name a file that this user can read"
+        ) from None
     return path
 
 
 def _pem(path: Path | None) -> Path | None:
     if path is not None and b"-----BEGIN CERTIFICATE-----" not in path.read_bytes():
-        raise _fail("invalid_file", f"--upstream-ca: {path} holds no PEM certificate", "convert it with `openssl x509 -outform PEM`")
+        raise _fail(
+            "invalid_file",
+            f"--upstream-ca: {path} holds no PEM certificate",
+            "convert it with `openssl x509 -outform PEM`",
+        )
     return path
 
 
@@ -334,7 +366,9 @@ def _output(value: str | None, name: str) -> Path | None:
         return None
     path = Path(value)
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise _fail("unwritable_file", f"{name}: cannot write {value}", "the directory must exist and be writable by this user")
+        raise _fail(
+            "unwritable_file", f"{name}: cannot write {value}", "the directory must exist and be writable by this user"
+        )
     return path
 
 
@@ -349,11 +383,15 @@ def _seconds(text: str, name: str) -> float:
 
 
 def _log_level(flag: str | None, environment: Mapping[str, str]) -> str:
-    rust = environment.get("RUST_LOG", "")  # upstream: a valid RUST_LOG overrides the level; only its default part counts here
+    rust = environment.get(
+        "RUST_LOG", ""
+    )  # upstream: a valid RUST_LOG overrides the level; only its default part counts here
     levels = [part for part in (item.strip().lower() for item in rust.split(",")) if part in LOG_LEVELS]
     if levels:
         return levels[-1]
-    return _choice((flag or environment.get("OPENSHELL_LOG_LEVEL") or "info").lower(), "--log-level", LOG_LEVELS) or "info"
+    return (
+        _choice((flag or environment.get("OPENSHELL_LOG_LEVEL") or "info").lower(), "--log-level", LOG_LEVELS) or "info"
+    )
 
 
 def _user_variables(text: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import os
 import secrets
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,9 @@ def _load_policy(settings: Settings, telemetry: Telemetry) -> SandboxPolicy:
         telemetry.config("default", "No policy file on disk, using restrictive default", path=str(POLICY_ON_DISK[0]))
         return yaml_file.default_policy()
     loaded = yaml_file.load(path)
-    telemetry.config("loaded", "Loaded sandbox policy from a local file", path=str(path), rules=len(loaded.policy.network_policies))
+    telemetry.config(
+        "loaded", "Loaded sandbox policy from a local file", path=str(path), rules=len(loaded.policy.network_policies)
+    )
     not_built = yaml_file.not_built(loaded.policy)
     for problem in (*loaded.warnings, *not_built):
         telemetry.config(
@@ -276,7 +278,9 @@ def _statement(prepared: Run, ascent: ladder.Ascent[Child, Settled]) -> Statemen
 def _other_layers(prepared: Run, policy: SandboxPolicy, privileges: dict[str, Any]) -> list[Enforcement]:
     asks_files = policy.filesystem is not None
     asks_binaries = any(rule.binaries for rule in policy.network_policies.values())
-    files = "asked for by the policy, but file rules are not built yet" if asks_files else "the policy has no file rules"
+    files = (
+        "asked for by the policy, but file rules are not built yet" if asks_files else "the policy has no file rules"
+    )
     if prepared.settings.relaxed_identity:
         binaries = "OPENSHELL_NETWORK_BINARY_IDENTITY turns it off"
     elif asks_binaries:

@@ -15,6 +15,8 @@ Requests, in the order of a life (`op` names them):
 Answers: {"ok": true, …} or {"ok": false, "step": NAME, "errno": NUMBER, "error": TEXT}.
 """
 
+from __future__ import annotations
+
 import ctypes
 import fcntl
 import json
@@ -23,10 +25,17 @@ import resource
 import signal
 import socket
 import struct
-import sys
 import termios
 import time
 import warnings  # noqa: F401  (os.execvpe imports it when called, which is too late)
+
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING, without importing typing: every millisecond here delays the workload
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+    Request = dict[str, Any]
+    Answer = tuple[dict[str, object], list[int]]
 
 CONTROL_FD = 3
 # One request line at most: the kernel's limit for argv + environment is 6 MiB with the default 8 MiB stack (execve(2)), and
@@ -57,7 +66,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 class StepError(OSError):
     """A step failed; carries its name, so that the supervisor can say which."""
 
-    def __init__(self, step, number, text=""):
+    def __init__(self, step: str, number: int, text: str = "") -> None:
         super().__init__(number, text or os.strerror(number))
         self.step = step
 
@@ -65,18 +74,18 @@ class StepError(OSError):
 class step:
     """Context manager that turns an OSError inside it into a StepError of this name."""
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         self.name = name
 
-    def __enter__(self):
+    def __enter__(self) -> step:
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError) and not isinstance(error, StepError):
             raise StepError(self.name, error.errno or 0, error.strerror or str(error)) from None
 
 
-def call(name, function, *arguments):
+def call(name: str, function: Callable[..., int], *arguments: object) -> int:
     """One libc call; a result below zero raises StepError(name, errno)."""
     result = function(*arguments)
     if result < 0:
@@ -84,13 +93,13 @@ def call(name, function, *arguments):
     return result
 
 
-def prctl(name, option, *arguments):
+def prctl(name: str, option: int, *arguments: int) -> int:
     """prctl(2) with four unsigned long arguments, as the kernel demands for the options used here."""
     padded = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
     return call(name, libc.prctl, option, *padded)
 
 
-def netns_inode():
+def netns_inode() -> int:
     """The inode of this process's network namespace: its identity (namespaces(7))."""
     return os.stat("/proc/self/ns/net").st_ino
 
@@ -98,13 +107,14 @@ def netns_inode():
 # --- enter -----------------------------------------------------------------------------------------------------------------
 
 
-def enter(request, descriptors):
+def enter(request: Request, descriptors: list[int]) -> Answer:
     """Take the place that was promised; answers the namespace's inode, and for "make" the listener and a descriptor of it."""
     how = request["how"]
     if how == "join":
         with step("setns"):
             call("setns", libc.setns, descriptors[0], CLONE_NEWNET)
-    answer, passed = {}, []
+    answer: dict[str, object] = {}
+    passed: list[int] = []
     if how == "make":
         answer["attempts"] = make_namespace(request)
         raise_loopback()
@@ -118,13 +128,13 @@ def enter(request, descriptors):
     return {**answer, "inode": inode}, passed
 
 
-def make_namespace(request):
+def make_namespace(request: Request) -> list[list[object]]:
     """Make a network namespace: plainly where CAP_SYS_ADMIN allows, else inside a user namespace of the workload's identity.
 
     Answers the attempts as [method, errno or null]. In the second form the identity is dropped first, so that the one user
     mapped in the new namespace is the workload's, and no privileged helper is needed to write the map (user_namespaces(7)).
     """
-    attempts = []
+    attempts: list[list[object]] = []
     try:
         call("unshare(CLONE_NEWNET)", libc.unshare, CLONE_NEWNET)
         return [["netns", None]]
@@ -142,7 +152,7 @@ def make_namespace(request):
     return attempts
 
 
-def write_file(path, text):
+def write_file(path: str, text: str) -> None:
     """One write(2) of the whole text, as the files of /proc want it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
@@ -151,7 +161,7 @@ def write_file(path, text):
         os.close(descriptor)
 
 
-def raise_loopback():
+def raise_loopback() -> None:
     """Set lo up; the kernel then gives it 127.0.0.1/8 and ::1 (netdevice(7))."""
     with step("raise lo"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         name = b"lo"
@@ -159,7 +169,7 @@ def raise_loopback():
         fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack(IFREQ_FLAGS, name, flags | IFF_UP))
 
 
-def listen(port, backlog):
+def listen(port: int, backlog: int) -> int:
     """The proxy's listener on 127.0.0.1 of this namespace; the protocol is named because asyncio sets TCP_NODELAY only then."""
     with step("listen"):
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, socket.IPPROTO_TCP)
@@ -172,7 +182,7 @@ def listen(port, backlog):
 # --- confine ---------------------------------------------------------------------------------------------------------------
 
 
-def take_identity(identity):
+def take_identity(identity: Request) -> None:
     """Become `identity` {uid, gid, groups}; what already fits is not set again, because gVisor and plain users refuse that.
 
     Order and reason: groups before the user, because a user without CAP_SETGID cannot change them (credentials(7)).
@@ -191,16 +201,16 @@ def take_identity(identity):
             os.setresuid(uid, uid, uid)
 
 
-def clear_bounding_set():
+def clear_bounding_set() -> bool:
     """Drop every capability from the bounding set; answers False where CAP_SETPCAP is missing and something stays."""
     for capability in range(LAST_POSSIBLE_CAP + 1):
-        if libc.prctl(PR_CAPBSET_READ, ctypes.c_ulong(capability), 0, 0, 0) == 1:
-            if libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
-                return False
+        held = libc.prctl(PR_CAPBSET_READ, ctypes.c_ulong(capability), 0, 0, 0) == 1
+        if held and libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
+            return False
     return True
 
 
-def capabilities():
+def capabilities() -> tuple[int, ...]:
     """(effective, permitted, inheritable) of this thread as integers, from capget(2)."""
     header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
     data = ctypes.create_string_buffer(24)
@@ -209,7 +219,7 @@ def capabilities():
     return tuple(a | (b << 32) for a, b in zip(low, high, strict=True))
 
 
-def drop_capabilities():
+def drop_capabilities() -> bool:
     """Empty the bounding, ambient, effective, permitted and inheritable sets; answers whether the bounding set is empty."""
     bounded = clear_bounding_set()
     prctl("clear ambient set", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
@@ -218,7 +228,7 @@ def drop_capabilities():
     return bounded
 
 
-def confine(request, descriptors):
+def confine(request: Request, descriptors: list[int]) -> Answer:
     """Take the identity for good and give up every privilege; answers what was verified afterwards, not what was asked."""
     identity = request["identity"]
     if request.get("cwd"):
@@ -237,7 +247,7 @@ def confine(request, descriptors):
     return {"privileges": verify_privileges(identity, bounded)}, []
 
 
-def verify_privileges(identity, bounded):
+def verify_privileges(identity: Request, bounded: bool) -> dict[str, object]:
     """Facts about this process after the drop; raises StepError where one of them is not what was promised."""
     uid, gid = identity["uid"], identity["gid"]
     if os.getresuid() != (uid,) * 3 or os.getresgid() != (gid,) * 3:
@@ -264,7 +274,7 @@ def verify_privileges(identity, bounded):
 # --- probe -----------------------------------------------------------------------------------------------------------------
 
 
-def probe(request, descriptors):
+def probe(request: Request, descriptors: list[int]) -> Answer:
     """Try each way out and the proxy; a way that opened has errno null. Nothing is kept open."""
     return {
         "ways": [{**way, "errno": attempt(way, request["timeout"])} for way in request["ways"]],
@@ -272,9 +282,11 @@ def probe(request, descriptors):
     }, []
 
 
-def attempt(way, timeout):
+def attempt(way: Request, timeout: float) -> int | None:
     """Try one way {kind: tcp|udp|unix, address}; None when it opened, else the errno (ETIMEDOUT after `timeout` seconds)."""
-    family = {"unix": socket.AF_UNIX}.get(way["kind"]) or (socket.AF_INET6 if ":" in way["address"][0] else socket.AF_INET)
+    family = {"unix": socket.AF_UNIX}.get(way["kind"]) or (
+        socket.AF_INET6 if ":" in way["address"][0] else socket.AF_INET
+    )
     kind = socket.SOCK_DGRAM if way["kind"] == "udp" else socket.SOCK_STREAM
     address = "\0" + way["address"][0] if way["kind"] == "unix" else tuple(way["address"])
     try:
@@ -289,10 +301,12 @@ def attempt(way, timeout):
         return error.errno
 
 
-def ask_proxy(address, ask, patience):
+def ask_proxy(address: list[object], ask: bytes, patience: float) -> dict[str, object]:
     """Send `ask` to the proxy and return its whole answer as text, or {"errno"}; `patience` in seconds covers its start."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as client:  # numeric address: no resolver, no late import
+        with socket.socket(
+            socket.AF_INET, socket.SOCK_STREAM
+        ) as client:  # numeric address: no resolver, no late import
             client.settimeout(patience)
             client.connect(tuple(address))
             client.sendall(ask)
@@ -313,14 +327,14 @@ def ask_proxy(address, ask, patience):
 # --- signal and exec -------------------------------------------------------------------------------------------------------
 
 
-def send_signal(request, descriptors):
+def send_signal(request: Request, descriptors: list[int]) -> Answer:
     """kill(2) to a process group, as the identity taken by an earlier `confine`."""
     with step("kill"):
         os.killpg(request["group"], request["signal"])
     return {}, []
 
 
-def become(request, descriptors):
+def become(request: Request, descriptors: list[int]) -> Answer:
     """Execute the workload: own session, terminal where asked, default signals, given environment. Returns only by raising."""
     argv, environment = request["argv"], request["env"]
     with step("setsid"):
@@ -340,9 +354,9 @@ def become(request, descriptors):
 OPERATIONS = {"enter": enter, "confine": confine, "probe": probe, "signal": send_signal, "exec": become}
 
 
-def serve(control):
+def serve(control: socket.socket) -> NoReturn:
     """Answer requests until the supervisor closes the socket; never returns after a successful `exec`."""
-    received, descriptors = b"", []
+    received, descriptors = b"", list[int]()
     while True:
         while b"\n" not in received:
             data, passed, _, _ = socket.recv_fds(control, 65536, 4, socket.MSG_CMSG_CLOEXEC)  # at most one is sent
@@ -360,7 +374,7 @@ def serve(control):
             os.close(descriptor)
 
 
-def answer_one(request, descriptors):
+def answer_one(request: Request, descriptors: list[int]) -> Answer:
     """Run one request; whatever fails becomes an answer with the step's name."""
     try:
         answer, passed = OPERATIONS[request["op"]](request, descriptors)
@@ -372,7 +386,7 @@ def answer_one(request, descriptors):
         return {"ok": False, "step": request.get("op", "?"), "errno": number or 0, "error": repr(error)}, []
 
 
-def main():
+def main() -> NoReturn:
     """Close everything that was not meant for us, then serve."""
     if libc.close_range(CONTROL_FD, ctypes.c_uint(0xFFFFFFFF), CLOSE_RANGE_CLOEXEC) < 0:
         for name in os.listdir("/proc/self/fd"):
@@ -385,4 +399,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

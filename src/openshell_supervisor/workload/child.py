@@ -61,7 +61,9 @@ class Child:
             theirs.close()
         return cls(pid, exited, ours)
 
-    async def ask(self, request: Mapping[str, Any], descriptors: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
+    async def ask(
+        self, request: Mapping[str, Any], descriptors: Sequence[int] = ()
+    ) -> tuple[dict[str, Any], list[int]]:
         """Send one request, return (answer, passed descriptors). Raises `LaunchError` with the step that failed."""
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT):
@@ -129,7 +131,9 @@ class Child:
         while b"\n" not in self._received:
             await _readable(self._control)
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._control, 65536, MAX_PASSED_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+                data, descriptors, _, _ = socket.recv_fds(
+                    self._control, 65536, MAX_PASSED_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 continue
             except ConnectionResetError:

@@ -97,7 +97,9 @@ class Workload:
         ending = asyncio.create_task(self._end_requested.wait())
         try:
             limit = self._timeout or None
-            done, _ = await asyncio.wait({self._child.exited, ending}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                {self._child.exited, ending}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+            )
             if not done:
                 self.timed_out = True
                 await self._send(signal.SIGTERM)
@@ -117,7 +119,12 @@ class Workload:
         await self._send(signal.SIGKILL)
         await asyncio.wait({self._child.exited}, timeout=KILL_PATIENCE)
         if not self._child.exited.done():
-            raise LaunchError("the workload cannot be killed", code="workload_stuck", step="kill", hint=f"look at /proc/{self.pid}/stack")
+            raise LaunchError(
+                "the workload cannot be killed",
+                code="workload_stuck",
+                step="kill",
+                hint=f"look at /proc/{self.pid}/stack",
+            )
 
 
 class Guard:

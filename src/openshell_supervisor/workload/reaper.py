@@ -37,7 +37,9 @@ class Reaper:
         """Give SIGCHLD back."""
         asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
 
-    def spawn(self, argv: Sequence[str], env: Mapping[str, str], descriptors: Mapping[int, int]) -> tuple[int, asyncio.Future[int]]:
+    def spawn(
+        self, argv: Sequence[str], env: Mapping[str, str], descriptors: Mapping[int, int]
+    ) -> tuple[int, asyncio.Future[int]]:
         """Start a process with the given descriptors (child number -> ours); answers (pid, future of its exit status).
 
         posix_spawn(3) runs no Python between fork and exec, and every descriptor not named here is close-on-exec (PEP 446).
@@ -45,7 +47,9 @@ class Reaper:
         """
         actions = [(os.POSIX_SPAWN_DUP2, ours, number) for number, ours in descriptors.items()]
         ignored_by_python = [signal.SIGPIPE, signal.SIGXFSZ]
-        pid = os.posix_spawn(argv[0], list(argv), dict(env), file_actions=actions, setsigdef=ignored_by_python, setsigmask=[])
+        pid = os.posix_spawn(
+            argv[0], list(argv), dict(env), file_actions=actions, setsigdef=ignored_by_python, setsigmask=[]
+        )
         # Registered in the same step of the loop as the spawn: SIGCHLD is handled on this loop, so it cannot come between.
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._exits[pid] = future

@@ -15,6 +15,7 @@ import struct
 import termios
 import tty
 from types import TracebackType
+from typing import Any
 
 # One read's worth each way; a terminal's own buffer is 4 KiB (n_tty), so more would only sit here.
 CHUNK_BYTES = 4096
@@ -31,7 +32,7 @@ class Terminal:
         self._master, self.slave = pty.openpty()
         os.set_blocking(self._master, False)
         self._outside = 0 if os.isatty(0) else None
-        self._saved: list[object] | None = None
+        self._saved: list[Any] | None = None
         self._ended = asyncio.Event()
         self.resize()
 
@@ -60,7 +61,9 @@ class Terminal:
             pass  # stdin is a regular file or closed: epoll refuses it, and a terminal session has nothing to read there
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._master)
         loop.remove_reader(0)

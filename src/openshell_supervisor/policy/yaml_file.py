@@ -1,0 +1,90 @@
+"""A policy file to a policy, or to all the reasons why not.
+
+The one way from YAML into the house: bounded text, tree with positions, strict reading, checks, warnings, presets written
+out. Whatever the input is, the outcome is a `LoadedPolicy` or a `PolicyError`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from openshell_supervisor.errors import PolicyError, Problem
+from openshell_supervisor.policy.document import MAX_DOCUMENT_BYTES, compose, refuse
+from openshell_supervisor.policy.lint import warnings_of
+from openshell_supervisor.policy.model import SandboxPolicy
+from openshell_supervisor.policy.normalise import normalise
+from openshell_supervisor.policy.reader import read_policy
+from openshell_supervisor.policy.reading import MAX_PROBLEMS, Reading
+from openshell_supervisor.policy.validate import problems_of
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPolicy:
+    """A usable policy with presets written out, what is odd about it, and where it came from."""
+
+    policy: SandboxPolicy
+    warnings: tuple[Problem, ...]
+    source: str
+
+
+def load(path: Path) -> LoadedPolicy:
+    """Read and parse a policy file. Raises `PolicyError`, also when the file cannot be read or is not a file."""
+    source = str(path)
+    try:
+        # O_NONBLOCK: a FIFO with no writer must be an error and not a hang.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        what = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        refuse(
+            source, "policy_unreadable", f"the file cannot be read: {what}", hint="check the path and its permissions"
+        )
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            refuse(source, "policy_unreadable", "it is not a regular file", hint="name the policy's YAML file")
+        try:
+            data = file.read(MAX_DOCUMENT_BYTES + 1)
+        except OSError as error:
+            refuse(source, "policy_unreadable", f"the file cannot be read: {error.strerror}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problem = Problem(
+            "yaml_encoding", f"the file is not valid UTF-8 (byte {error.start})", "", line, hint="save it as UTF-8"
+        )
+        raise PolicyError((problem,), source=source) from None
+    return parse(text, source)
+
+
+def parse(text: str, source: str = "") -> LoadedPolicy:
+    """The policy that a YAML text says. Raises `PolicyError` with every fault, each with line and column."""
+    root = compose(text, source)
+    reading = Reading()
+    policy = read_policy(root, reading)
+    found = [
+        *reading.problems,
+        *_not_caused_by(reading.problems, [reading.locate(item) for item in problems_of(policy)]),
+    ]
+    if found:
+        found.sort(key=lambda problem: (problem.line, problem.column))
+        raise PolicyError(tuple(found[:MAX_PROBLEMS]), source=source)
+    warnings = [*reading.warnings, *(reading.locate(item) for item in warnings_of(policy))]
+    warnings.sort(key=lambda problem: (problem.line, problem.column))
+    return LoadedPolicy(normalise(policy), tuple(warnings[:MAX_PROBLEMS]), source)
+
+
+def _not_caused_by(shape: list[Problem], meaning: list[Problem]) -> list[Problem]:
+    """Leave out what only follows from a misread endpoint or section: `prots: 443` is one fault, not also a missing port."""
+    roots = {_unit(problem.path) for problem in shape}
+    return [problem for problem in meaning if _unit(problem.path) not in roots]
+
+
+def _unit(path: str) -> str:
+    """The endpoint, else the section, that a dotted path is in."""
+    marker = path.find(".endpoints[")
+    if marker >= 0:
+        return path[: path.find("]", marker + len(".endpoints[")) + 1]
+    return path.split(".", 1)[0].split("[", 1)[0] if not path.startswith("network_policies") else path

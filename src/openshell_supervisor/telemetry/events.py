@@ -147,11 +147,17 @@ class Telemetry:
         if 0 <= port <= 65535:
             url["port"] = port
         url["path"] = ocsf.clean(path.partition("?")[0].partition("#")[0])
-        event["http_request"] = {"http_method": ocsf.http_method(method), "url": url}
+        event["http_request"] = {"url": url}
+        unmapped = dict(traffic.get("unmapped") or {})
+        known = ocsf.http_method(method)
+        if known in ocsf.HTTP_METHODS:
+            event["http_request"]["http_method"] = known
+        elif known:
+            unmapped["http_method"] = known  # PROPFIND and the like: the schema lists nine methods and no others
         if code is not None:
             event["http_response"] = {"code": code}
         event.setdefault("observation_point_id", _AT_DESTINATION)
-        return self._emit(event, traffic.get("unmapped"))
+        return self._emit(event, unmapped)
 
     def process(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -232,17 +233,29 @@ def plain(value: object, depth: int = 0) -> Any:
 
 
 def endpoint(value: Endpoint) -> dict[str, Any]:
-    """A `network_endpoint` object. A user name before `@` is dropped and a port that cannot exist is left out."""
+    """A `network_endpoint` object. A user name before `@` is dropped, a port that cannot exist is left out, and what is
+    no address stands as the name if there is none."""
     made: dict[str, Any] = {}
     if value.host:
         made["domain"] = clean(value.host.rpartition("@")[2])
     if value.ip:
-        made["ip"] = clean(value.ip)
+        if _is_address(value.ip):
+            made["ip"] = value.ip
+        else:
+            made.setdefault("domain", clean(value.ip))
     if value.port is not None and 0 <= value.port <= 65535:
         made["port"] = value.port
         if len(made) == 1:
             made["hostname"] = "unknown"  # a port alone does not identify an endpoint, says the schema
     return made
+
+
+def _is_address(text: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    except (OSError, ValueError):  # ValueError: a NUL or a character beyond ASCII
+        return False
+    return True
 
 
 def process(value: Process) -> dict[str, Any]:
@@ -266,7 +279,8 @@ def connection_info(protocol: str, destination: Endpoint | None) -> dict[str, An
 
 
 def http_method(method: str) -> str:
-    """One of the nine standard methods in upper case, anything else as it came."""
+    """One of the nine standard methods in upper case, anything else as it came (which the schema does not allow in
+    `http_request`; see `Telemetry.http`)."""
     upper = method.upper()
     return upper if upper in HTTP_METHODS else clean(method)
 
@@ -291,7 +305,7 @@ class Envelope:
 
     def __init__(self, context: Context) -> None:
         self.product = {"name": PRODUCT_NAME, "vendor_name": VENDOR_NAME, "version": clean(context.version)}
-        self.proxy_endpoint = {"ip": context.proxy_ip, "port": context.proxy_port}
+        self.proxy_endpoint = endpoint(Endpoint(ip=context.proxy_ip, port=context.proxy_port))
         # What stands in where the schema asks for an endpoint and none is known; `shorthand` does not show it.
         self.nowhere = {"hostname": clean(context.hostname)}
         self.supervisor = {"process": {"name": SUPERVISOR_PROCESS, "pid": os.getpid()}}

@@ -93,10 +93,13 @@ def _flat(text: str) -> str:
     return text.replace("\n", " ").replace("\r", " ")
 
 
-def _context_items(event: Event) -> list[str]:
-    """`key:value` of each scalar in `unmapped`, sorted by key and escaped; null, arrays and objects are not shown."""
+def _context_items(event: Event, without: str = "") -> list[str]:
+    """`key:value` of each scalar in `unmapped`, sorted by key and escaped; null, arrays and objects are not shown, nor
+    is the key `without`."""
     items = []
     for key, value in sorted((event.get("unmapped") or {}).items()):
+        if key == without:
+            continue
         if isinstance(value, str):
             shown = _escape_context(cut(value, CONTEXT_BYTES))
         elif isinstance(value, (bool, int, float)):
@@ -179,9 +182,11 @@ def _url(request: Mapping[str, Any]) -> str:
 
 def _http(event: Event) -> str:
     request = event.get("http_request") or {}
-    method = http_method(request.get("http_method", "UNKNOWN"))
+    # A method that the schema's list lacks stands in `unmapped`; the line shows it in its usual place.
+    method = request.get("http_method") or (event.get("unmapped") or {}).get("http_method", "UNKNOWN")
+    method = http_method(method)
     action, actor, reason = _action(event), _actor(event), _reason(event)
-    items = _context_items(event)
+    items = _context_items(event, without="http_method")
     if reason:
         items.append(f"reason:{reason}")
     line = (

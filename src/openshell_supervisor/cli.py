@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from openshell_supervisor import __version__
 from openshell_supervisor.errors import EXIT_USAGE, SettingsError, SupervisorError
@@ -44,9 +45,9 @@ def check(arguments: Sequence[str]) -> int:
         )
     good = True
     for path in arguments:
-        text, usable = check_room.report(path)
-        sys.stdout.write(text)
-        good = good and usable
+        checked = check_room.examine(Path(path))
+        sys.stdout.write(check_room.report(checked) + "\n")
+        good = good and checked.ok
     return 0 if good else EXIT_USAGE
 
 

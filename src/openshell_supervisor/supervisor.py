@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import secrets
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ from openshell_supervisor.confine import identity as identities
 from openshell_supervisor.confine import launcher
 from openshell_supervisor.confine.identity import Identity
 from openshell_supervisor.enforcement import Enforcement, Layer, State, Statement
-from openshell_supervisor.errors import BoundaryError, ConfineError, LaunchError
+from openshell_supervisor.errors import BoundaryError, ConfineError, LaunchError, PolicyError
 from openshell_supervisor.policy import yaml_file
+from openshell_supervisor.policy.defaults import default_policy
 from openshell_supervisor.policy.model import SandboxPolicy
+from openshell_supervisor.policy.not_built import not_built, refusals
 from openshell_supervisor.proxy.authority import CertificateAuthority
 from openshell_supervisor.proxy.frontend import Proxy, ProxyOptions
 from openshell_supervisor.settings import Settings
@@ -81,11 +84,31 @@ async def run(settings: Settings) -> int:
     """Live one sandbox's life; answers the exit code. Raises `SupervisorError` for everything that can be explained."""
     configure_plain_logging(settings.log_level)
     telemetry = _telemetry(settings)
+    early = _catch_early_signals()
     try:
         async with _prepared(settings, telemetry) as prepared:
             return await _live(prepared)
+    except asyncio.CancelledError:
+        if not early:
+            raise
+        return 128 + early[0]
     finally:
         telemetry.close()
+
+
+def _catch_early_signals() -> list[int]:
+    """Until the workload exists, a signal that ends ends us, in order; PID 1 would otherwise never see it (signal(7))."""
+    loop, main = asyncio.get_running_loop(), asyncio.current_task()
+    caught: list[int] = []
+
+    def interrupt(number: int) -> None:
+        caught.append(number)
+        if main is not None:
+            main.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        loop.add_signal_handler(number, interrupt, number)
+    return caught
 
 
 def _telemetry(settings: Settings) -> Telemetry:
@@ -126,26 +149,20 @@ def _load_policy(settings: Settings, telemetry: Telemetry) -> SandboxPolicy:
     path = settings.policy or next((candidate for candidate in POLICY_ON_DISK if candidate.is_file()), None)
     if path is None:
         telemetry.config("default", "No policy file on disk, using restrictive default", path=str(POLICY_ON_DISK[0]))
-        return yaml_file.default_policy()
+        return default_policy()
     loaded = yaml_file.load(path)
     telemetry.config(
         "loaded", "Loaded sandbox policy from a local file", path=str(path), rules=len(loaded.policy.network_policies)
     )
-    not_built = yaml_file.not_built(loaded.policy)
-    for problem in (*loaded.warnings, *not_built):
+    refused = refusals(loaded.policy)
+    if refused:
+        raise PolicyError(refused, source=str(path))
+    for problem in (*loaded.warnings, *not_built(loaded.policy)):
         telemetry.config(
             "validated",
             f"Policy warning: {problem.text(str(path))}",
             severity=Severity.MEDIUM,
             unmapped={"warning": problem.code},
-        )
-    landlock = loaded.policy.landlock
-    if landlock is not None and landlock.compatibility == "hard_requirement":
-        raise ConfineError(
-            "the policy demands Landlock (compatibility: hard_requirement), which is not built yet",
-            code="not_built",
-            step="policy",
-            hint="set landlock.compatibility to best_effort; the statement then says that the layer is off",
         )
     return loaded.policy
 
@@ -238,6 +255,8 @@ async def _settle(prepared: Run, boundary: Boundary, child: Child) -> Settled:
             what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
             raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
         settled.evidence = {**boundary.detail, **finding.detail}
+        if boundary.watch is not None:
+            boundary.watch()
     except BaseException:
         await _stop_proxy(settled)
         raise

@@ -22,8 +22,9 @@ class Boundary:
 
     `proxy_address` is the listener as the workload sees it. `netns_fd` is None where the launcher is already inside (loopback)
     or shares the supervisor's namespace (observed); `netns_inode` is the inode the launcher must find itself in before it
-    executes the workload, None where the namespace is shared on purpose. `release` undoes whatever closing the descriptors
-    does not.
+    executes the workload, None where the namespace is shared on purpose. `watch` is to be called once the boundary has been
+    probed: from then on refused packets are reported (the probe's own would be, too). `release` undoes whatever closing the
+    descriptors does not.
     """
 
     rung: str
@@ -33,6 +34,7 @@ class Boundary:
     netns_fd: int | None = None
     netns_inode: int | None = None
     detail: dict[str, object] = field(default_factory=dict)
+    watch: Callable[[], None] | None = None
     release: Callable[[], Awaitable[None]] | None = None
 
     @property

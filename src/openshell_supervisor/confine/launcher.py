@@ -388,6 +388,7 @@ def answer_one(request: Request, descriptors: list[int]) -> Answer:
 
 def main() -> NoReturn:
     """Close everything that was not meant for us, then serve."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a signal meant for the workload ends the launcher without a traceback
     if libc.close_range(CONTROL_FD, ctypes.c_uint(0xFFFFFFFF), CLOSE_RANGE_CLOEXEC) < 0:
         for name in os.listdir("/proc/self/fd"):
             if int(name) >= CONTROL_FD:

@@ -1,1 +1,1 @@
-""""""
+"""Spawn, reap, signal, exit code; the environment the workload gets."""

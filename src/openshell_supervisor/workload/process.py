@@ -23,8 +23,8 @@ from openshell_supervisor.workload.terminal import Terminal
 
 # Passed on to the workload's process group as they come.
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-# These ask for an end, so they start the grace period as well.
-ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+# This one asks for an end, so it starts the grace period as well. The others mean what the workload makes of them.
+ENDING = signal.SIGTERM
 # A killed process is gone in milliseconds unless it is stuck in the kernel; then nothing can be done but to say so.
 KILL_PATIENCE = 5.0
 
@@ -64,10 +64,10 @@ class Workload:
             loop.add_signal_handler(number, self._forward, number)
 
     def release_signals(self) -> None:
-        """Give the handlers back."""
+        """Stop passing signals on. They stay caught: the supervisor is about to end and must finish clearing away."""
         loop = asyncio.get_running_loop()
         for number in FORWARDED:
-            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, lambda: None)
 
     def request_end(self) -> None:
         """End the workload as a SIGTERM from outside would."""
@@ -77,7 +77,7 @@ class Workload:
         task = asyncio.get_running_loop().create_task(self._send(number))
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)
-        if number in ENDING:
+        if number is ENDING:
             self._end_requested.set()
 
     async def _send(self, number: int) -> None:
@@ -86,9 +86,8 @@ class Workload:
         try:
             os.killpg(self.pid, number)
         except ProcessLookupError:
-            # Not yet the leader of a group: it is still the launcher, which must not outlive the wish to end.
-            if number in ENDING:
-                os.kill(self.pid, signal.SIGKILL)
+            # Not yet the leader of a group: it is still the launcher, whose dispositions are the default ones.
+            os.kill(self.pid, number)
         except PermissionError:
             await self._signal_as(self.pid, number)  # no CAP_KILL over another user's process (kill(2))
 
@@ -97,9 +96,8 @@ class Workload:
         ending = asyncio.create_task(self._end_requested.wait())
         try:
             limit = self._timeout or None
-            done, _ = await asyncio.wait(
-                {self._child.exited, ending}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
-            )
+            either: set[asyncio.Future[Any]] = {self._child.exited, ending}
+            done, _ = await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 self.timed_out = True
                 await self._send(signal.SIGTERM)

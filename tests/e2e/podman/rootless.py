@@ -91,6 +91,8 @@ class RootlessHost:
     def _write_settings(self) -> None:
         config = self.home / ".config" / "containers"
         config.mkdir(parents=True, exist_ok=True)
+        for path in (config.parent, config):
+            os.chown(path, UID, UID)
         (config / "storage.conf").write_text('[storage]\ndriver = "overlay"\n')
         (config / "containers.conf").write_text('[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n')
 

@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from openshell_supervisor.telemetry import ocsf
 from openshell_supervisor.telemetry.events import Context, Endpoint, Process, Severity, Telemetry
 from openshell_supervisor.telemetry.sinks import MemorySink, encode
 from telemetry import examples
+from telemetry.hostile import hostile_text
 from telemetry.schema import assert_valid, deviations
 
 CONTEXT = Context(sandbox_id="7b1f", sandbox_name="demo", hostname="box", image="reg.example/agent:1", version="0.1.0")
 CURL = Process("/usr/bin/curl", 104, cmd_line="-", ancestors=("/bin/sh", "/usr/bin/env"))
 HOST = Endpoint(host="files.example.net", port=443)
-ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=60)
 SAYINGS: dict[str, Callable[[Telemetry], object]] = {
     "config": lambda t: t.config("creating", "Creating network namespace", ns="sandbox-1", error="a b", count=2),
     "config off": lambda t: t.config("fail_closed", "gone", enabled=False, ok=False, severity=Severity.HIGH),
@@ -230,7 +229,7 @@ def test_credentials_in_a_host_are_dropped(telemetry: Telemetry, memory: MemoryS
 
 
 @settings(max_examples=60)
-@given(ANY_TEXT, ANY_TEXT)
+@given(hostile_text(), hostile_text())
 def test_no_input_forges_a_line_or_breaks_an_event(one: str, two: str) -> None:
     """Whatever text the callers pass on from the workload: one console line, one JSONL line that parses, a valid
     event."""
@@ -242,13 +241,14 @@ def test_no_input_forges_a_line_or_breaks_an_event(one: str, two: str) -> None:
     telemetry.http(one, two, scheme=two, host=one, port=1, path=two, action="Observed", **traffic)
     telemetry.config(one, two, source=one, error=two)
     telemetry.process("Launch", one, process=actor)
-    telemetry.finding(one, two, one, evidence={"x": two}, remediation=one, desc=two)
+    telemetry.finding(one, two, one, evidence={one: two}, remediation=one, desc=two)
     telemetry.lifecycle(one, two)
     telemetry.bypass(one, 53, two, actor=actor)
-    telemetry.degraded("auto", error=one, probe=two)
+    telemetry.degraded("auto", error=one, probe=two, errno=one)
     for event, line in zip(memory.events, memory.lines, strict=True):
         assert len((line + "x").splitlines()) == 1
         line.encode()
+        json.dumps(event, ensure_ascii=False).encode()  # any sink's encoder can take it, not only ours
         data = encode(event)
         assert len((data + b"x").decode().splitlines()) == 1
         assert_valid(json.loads(data))

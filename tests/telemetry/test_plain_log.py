@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from openshell_supervisor.errors import SettingsError
 from openshell_supervisor.telemetry.plain_log import configure_plain_logging, plain_line
+from telemetry.hostile import hostile_text
 
 PRELUDE = """
 import logging, structlog
@@ -107,7 +108,7 @@ def test_an_unknown_level_is_refused() -> None:
         configure_plain_logging("verbose")
 
 
-@given(st.text(st.characters(exclude_categories=())), st.text(st.characters(exclude_categories=())))
+@given(hostile_text(), hostile_text())
 def test_no_text_forges_a_line(message: str, value: str) -> None:
     """Whatever a message, a key, a target or a value holds, the line stays one line of valid UTF-8."""
     line = plain_line("INFO", message, message, {message: value, "k": value})

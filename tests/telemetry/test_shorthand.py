@@ -16,11 +16,7 @@ from hypothesis import strategies as st
 from openshell_supervisor.telemetry import ocsf
 from openshell_supervisor.telemetry.shorthand import cut, one_line, shorthand
 from telemetry import examples, schema
-
-# Every code point there is, lone surrogates included: that is what os.fsdecode makes of a hostile file name.
-ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=400)
-# What str.splitlines, terminals and log viewers take for the end of a line.
-LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+from telemetry.hostile import hostile_text
 
 
 def test_all_example_rows_are_reproduced() -> None:
@@ -158,7 +154,7 @@ def test_an_unknown_class_is_an_error() -> None:
         shorthand({})
 
 
-@given(ANY_TEXT, st.integers(0, 300))
+@given(hostile_text(400), st.integers(0, 300))
 def test_cut_is_the_longest_prefix_of_whole_characters(text: str, limit: int) -> None:
     """At most `limit` bytes, on a character boundary, and not one character shorter than necessary."""
     text = text.encode("utf-8", "replace").decode()
@@ -180,7 +176,7 @@ def poison(value: Any, text: str) -> Any:
     return value + text + value if isinstance(value, str) else value
 
 
-@given(ANY_TEXT | st.text(st.sampled_from(LINE_ENDS + 'a[]\\"\x1b\x9b\u202e\t'), max_size=20))
+@given(hostile_text(400))
 def test_no_text_forges_a_second_line(text: str) -> None:
     """Whatever any string of any event holds, its line stays one line, is valid UTF-8 and cannot drive a terminal."""
     for row in examples.rows():

@@ -107,6 +107,7 @@ def test_medium_and_above_are_shown_at_any_level(level: str, pipe: Pipe) -> None
 def test_levels() -> None:
     """A RUST_LOG filter gives its default level, info if it has none; a word that is no level is refused with a hint."""
     assert parse_level("openshell=debug,warn") is Level.WARN
+    assert parse_level("debug,warn") is Level.WARN
     assert parse_level("warn,openshell_sandbox::x=trace") is Level.WARN
     assert parse_level("openshell=debug") is parse_level("") is Level.INFO
     assert parse_level(" Warning ") is Level.WARN
@@ -166,6 +167,25 @@ def test_a_workload_that_makes_stderr_non_blocking_loses_nothing(pipe: Pipe) -> 
         pipe.writer.write(f"{number:04d}" + "x" * 995)
     lines = pipe.read(lambda data: data.count(b"\n") == count).splitlines()
     assert [int(line[:4]) for line in lines] == list(range(count))
+
+
+class Outrun(LineWriter):
+    """A writer for which somebody always fills the pipe between the look at it and the write."""
+
+    def _room(self, seconds: float) -> bool:
+        super()._room(seconds)
+        return True
+
+
+def test_a_writer_that_is_outrun_keeps_its_lines(pipe: Pipe) -> None:
+    """Where the pipe took one look's promise back, the line waits and is neither lost nor written twice."""
+    filled = pipe.fill()
+    os.set_blocking(pipe.descriptor, False)
+    writer = Outrun(pipe.descriptor)
+    writer.write("one")
+    writer.write("two")
+    assert pipe.read(lambda data: data.endswith(b"two\n"))[filled:] == "one\ntwo\n"
+    assert writer.lost == 0
 
 
 def test_a_line_longer_than_the_pipe_arrives_whole(pipe: Pipe) -> None:

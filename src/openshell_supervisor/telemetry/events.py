@@ -207,7 +207,9 @@ class Telemetry:
         if desc is not None:
             event["finding_info"]["desc"] = ocsf.clean(desc)
         if evidence:
-            event["evidences"] = [{"data": {key: ocsf.clean(str(value)) for key, value in evidence.items()}}]
+            event["evidences"] = [
+                {"data": {ocsf.clean(key): ocsf.clean(str(value)) for key, value in evidence.items()}}
+            ]
         if remediation is not None:
             event["remediation"] = {"desc": ocsf.clean(remediation)}
         if alert:
@@ -333,7 +335,7 @@ class Telemetry:
         ocsf.labelled(event, "prev_security_level", "Unknown", ocsf.SECURITY_LEVEL_IDS)
         event["security_states"] = [{"state_id": 4, "state": "Protection off"}]
         if errno is not None:
-            event["status_code"] = errno
+            event["status_code"] = ocsf.clean(errno)
         if error is not None:
             event["status_detail"] = ocsf.clean(f"{probe} failed: {error}" if probe else error)
         modes = {"network_mode_requested": requested, "network_mode_effective": effective}
@@ -408,7 +410,7 @@ class Telemetry:
         if actor is not None:
             event["actor"] = {"process": ocsf.process(actor)}
         if policy is not None or engine is not None:
-            event["firewall_rule"] = {"name": ocsf.clean(policy or "-"), "type": engine or "-"}
+            event["firewall_rule"] = {"name": ocsf.clean(policy or "-"), "type": ocsf.clean(engine or "-")}
         if protocol is not None:
             event["connection_info"] = ocsf.connection_info(protocol, dst)
         if observation_point is not None:

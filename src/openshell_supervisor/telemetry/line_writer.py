@@ -21,6 +21,8 @@ PIECE_BYTES = select.PIPE_BUF
 BACKLOG_BYTES = 256 * 1024
 # How long the draining thread waits for room before it looks again whether there is still something to drain.
 DRAIN_SECONDS = 0.5
+# The pause after that: a pipe that others fill as fast as it is read would otherwise keep the thread spinning.
+RETRY_SECONDS = 0.01
 # What closing may wait to get the backlog out.
 CLOSE_SECONDS = 1.0
 
@@ -70,6 +72,7 @@ class LineWriter:
                 if not self._backlog:
                     self._drainer = None
                     return
+            time.sleep(RETRY_SECONDS)
 
     def _room(self, seconds: float) -> bool:
         """True when a write would not block (or would fail at once), waiting up to `seconds` for that."""

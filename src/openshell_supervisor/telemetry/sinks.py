@@ -159,8 +159,9 @@ def _encoder() -> Callable[[Event], bytes]:
 
 
 def _open_regular(path: Path) -> int:
-    # O_NONBLOCK, or opening a FIFO would wait for its reader for ever; it means nothing for the regular file we accept.
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    # O_NONBLOCK and O_NOCTTY are for what is refused below: opening a serial line may wait for its carrier, opening a
+    # terminal may make it ours. They mean nothing for the regular file that is accepted.
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
         descriptor = os.open(path, flags, 0o600)
     except OSError as error:

@@ -19,6 +19,9 @@ MAX_SHOWN = 80
 MAX_PROBLEMS = 200
 """Nobody reads more; a document of garbage would otherwise produce one problem per line."""
 
+MAX_LISTED = 12
+"""Known keys named in a message; an endpoint has 24, the common ones first."""
+
 Place = tuple[int, int]
 
 _UNCLEAN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -139,9 +142,9 @@ class Reading:
             if key in names:
                 result[key] = value
                 continue
-            expected = ", ".join(f"`{name}`" for name in names)
-            meant = (moved or {}).get(key) or (f"did you mean `{guess}`?" if (guess := nearest(key, names)) else "")
-            message = f"unknown field `{shown(key)}`, expected {'one of ' if len(names) > 1 else ''}{expected}"
+            guess = nearest(key, names)
+            meant = (moved or {}).get(key) or (f"did you mean `{guess}`?" if guess else "")
+            message = f"unknown field `{shown(key)}`, expected {_one_of(names)}"
             self.problem("unknown_field", child(path, key), written, message, meant)
         return result
 
@@ -209,6 +212,13 @@ class Reading:
     def texts(self, node: Node, path: str) -> tuple[str, ...]:
         """A list of strings."""
         return self.items(node, path, self.text)
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    """The known keys for a message, cut where the list would bury the message."""
+    listed = ", ".join(f"`{name}`" for name in names[:MAX_LISTED])
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"{'one of ' if len(names) > 1 else ''}{listed}{more}"
 
 
 def clean(text: str) -> bool:

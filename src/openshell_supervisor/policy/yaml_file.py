@@ -76,10 +76,16 @@ def parse(text: str, source: str = "") -> LoadedPolicy:
     return LoadedPolicy(normalise(policy), tuple(warnings[:MAX_PROBLEMS]), source)
 
 
+_FOLLOWS_FROM_ABSENCE = frozenset(
+    ("host_missing", "port_missing", "mcp_host", "mcp_port", "rules_missing", "rules_empty", "deny_needs_protocol",
+     "deny_needs_base", "signing_service", "middleware_invalid", "tcp_host", "middleware_order")
+)
+
+
 def _not_caused_by(shape: list[Problem], meaning: list[Problem]) -> list[Problem]:
     """Leave out what only follows from a misread endpoint or section: `prots: 443` is one fault, not also a missing port."""
     roots = {_unit(problem.path) for problem in shape}
-    return [problem for problem in meaning if _unit(problem.path) not in roots]
+    return [item for item in meaning if item.code not in _FOLLOWS_FROM_ABSENCE or _unit(item.path) not in roots]
 
 
 def _unit(path: str) -> str:

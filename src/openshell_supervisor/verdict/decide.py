@@ -1,0 +1,223 @@
+"""May this leave? One pure function of facts and a policy generation, the same for proxy, explain and dry-run.
+
+`decide` canonicalises, looks in the generation's memory, narrows, asks the rules and turns their answer into a `Verdict`. It
+never raises: facts that make no sense and an engine that fails are denials. No clock, no socket, no file.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from openshell_supervisor.policy.model import SandboxPolicy
+from openshell_supervisor.policy.normalise import normalise
+from openshell_supervisor.verdict.cache import Lru
+from openshell_supervisor.verdict.document import document
+from openshell_supervisor.verdict.engines.embedded import Engine, EngineError, shared_engine
+from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Request, Verdict
+from openshell_supervisor.verdict.hints import allowed_reason, connection_hint, request_hint
+from openshell_supervisor.verdict.index import CompiledEndpoint, Index, ascii_lower
+
+VERDICTS_KEPT = 4096
+"""Entries of a generation's memory. With `MAX_REMEMBERED` it stays below some 10 MiB, and an agent's working set of hosts and
+paths is far smaller."""
+MAX_REMEMBERED = 2048
+"""Characters of host, path and query in facts that are remembered; longer ones are decided anew each time."""
+MAX_FACT = 8192
+"""Characters of any one text in the facts (the longest legal one is a path of 4096 bytes); more is no real request."""
+MAX_QUERY = 1024
+"""Query pairs in the facts, as many as `parse_query` gives."""
+MAX_CALLERS = 256
+"""Ancestors or command line paths in the facts; upstream follows 64 parents."""
+
+_HARD = frozenset(("engine_error", "no_endpoint_path", "protocol_not_built", "invalid_request_target"))
+"""Denials of a request that no endpoint's `audit` softens."""
+_log = logging.getLogger(__name__)
+
+
+class Generation:
+    """One policy, ready to be asked. Immutable but for its memory of verdicts; replaced whole when the policy changes."""
+
+    def __init__(
+        self, policy: SandboxPolicy, number: int, require_binary_identity: bool = False, engine: Engine | None = None
+    ) -> None:
+        self.number = number
+        self.policy = normalise(policy)
+        self.require_binary_identity = require_binary_identity
+        self.index = Index(self.policy)
+        self._engine = engine
+        self.memory: Lru[Facts, Verdict] = Lru(VERDICTS_KEPT)
+
+    @property
+    def engine(self) -> Engine:
+        """What evaluates the rules; the shipped one is loaded when first needed. Raises `EngineError`."""
+        return self._engine or shared_engine()
+
+    def warm(self) -> None:
+        """Load and compile the engine now (a few tens of milliseconds), so that the first decision does not. Thread-safe.
+
+        Raises `EngineError` when the engine cannot be had; every decision would then be a denial.
+        """
+        self.engine.ask("egress_authorization", document(Facts("warm.invalid", 1), "warm.invalid", [], {}, False))
+
+
+def build_generation(policy: SandboxPolicy, number: int, require_binary_identity: bool = False) -> Generation:
+    """A generation for `policy`. Cheap: nothing heavy is imported before the first decision or `Generation.warm`."""
+    return Generation(policy, number, require_binary_identity)
+
+
+def decide(facts: Facts, generation: Generation) -> Verdict:
+    """The verdict on `facts`. Synchronous and total: it never raises, and what it cannot judge it denies."""
+    try:
+        known = generation.memory.get(facts)
+        if known is not None:
+            return known
+        fault = _malformed(facts)
+    except (TypeError, AttributeError, ValueError):  # not facts at all, or not hashable
+        fault = "the facts are not of the promised types"
+    if fault:
+        return _denied("malformed_facts", f"policy evaluation error: {fault}", generation)
+    verdict = _decided(_canonical(facts, generation), generation)
+    if verdict.reason_id != "engine_error" and _weight(facts) <= MAX_REMEMBERED:
+        generation.memory.put(facts, verdict)
+    return verdict
+
+
+def decide_fully(facts: Facts, generation: Generation) -> Verdict:
+    """As `decide`, but over every endpoint of the policy and without memory. For tests and `explain`: it must agree."""
+    if _malformed(facts):
+        return decide(facts, generation)
+    return _asked(_canonical(facts, generation), generation, list(generation.index.all()))
+
+
+def _decided(facts: Facts, generation: Generation) -> Verdict:
+    known = generation.memory.get(facts)
+    if known is not None:
+        return known
+    verdict = _asked(facts, generation, generation.index.narrow(facts.host, facts.port))
+    if verdict.reason_id != "engine_error" and _weight(facts) <= MAX_REMEMBERED:
+        generation.memory.put(facts, verdict)
+    return verdict
+
+
+def _asked(facts: Facts, generation: Generation, candidates: list[CompiledEndpoint]) -> Verdict:
+    """Ask about the connection, and where that is allowed and inspected, about the request."""
+    connection = replace(facts, request=None) if facts.request is not None else facts
+    verdict = generation.memory.get(connection) if facts.request is not None else None
+    try:
+        if verdict is None:
+            verdict = _connection(connection, generation, candidates)
+            if facts.request is not None and verdict.reason_id != "engine_error":
+                generation.memory.put(connection, verdict)
+        if facts.request is None or not verdict.allow or not verdict.inspected:
+            return verdict
+        return _request(facts, facts.request, generation, candidates, verdict)
+    except (EngineError, KeyError, IndexError, TypeError, ValueError, ImportError, OSError, RecursionError) as error:
+        _log.error("the rules could not be evaluated: %s: %s", type(error).__name__, error)
+        return _denied("engine_error", f"policy evaluation error: {type(error).__name__}", generation)
+
+
+def _connection(facts: Facts, generation: Generation, candidates: list[CompiledEndpoint]) -> Verdict:
+    text = document(facts, facts.host, candidates, generation.index.rules, generation.require_binary_identity)
+    answer = generation.engine.ask("egress_authorization", text)
+    reason_id = str(answer["reason_id"])
+    if answer["action"] != "allow" or reason_id != "allowed":
+        verdict = _denied(
+            reason_id if reason_id != "allowed" else "engine_error", str(answer["deny_reason"]), generation
+        )
+        return replace(verdict, hint=connection_hint(facts, reason_id, generation.index))
+    matched = {(str(key), int(index)) for key, index in answer["matched_endpoints"]}
+    endpoints = tuple(
+        MatchedEndpoint(c.policy, c.index, c.endpoint) for c in candidates if (c.policy, c.index) in matched
+    )
+    return Verdict(
+        allow=True,
+        reason_id="allowed",
+        reason=f"{facts.host}:{facts.port} is allowed by policy '{answer['matched_policy']}'",
+        policy=str(answer["matched_policy"]),
+        generation=generation.number,
+        endpoints=endpoints,
+        exact_host=answer["exact_declared_endpoint_host"] is True,
+    )
+
+
+def _request(
+    facts: Facts, request: Request, generation: Generation, candidates: list[CompiledEndpoint], connection: Verdict
+) -> Verdict:
+    text = document(facts, facts.host, candidates, generation.index.rules, generation.require_binary_identity)
+    answer = generation.engine.ask("request_authorization", text)
+    reason_id = str(answer["reason_id"])
+    allow = answer["allow"] is True and reason_id == "allowed"
+    selected = _endpoint_at(connection, answer["selected"])
+    by = sorted(answer["allowed_by"] if allow else answer["denied_by"])
+    policy, rule = (
+        _named(by[0], "rules" if allow else "deny_rules") if by else (selected.policy if selected else "", "")
+    )
+    audited = selected is not None and not selected.endpoint.enforced and reason_id not in _HARD
+    verdict = replace(connection, allow=allow, policy=policy, rule=rule, enforcement="audit" if audited else "enforce")
+    if allow:
+        return replace(verdict, reason=allowed_reason(request, policy, rule))
+    reason_id = "engine_error" if reason_id == "allowed" else reason_id
+    hint = request_hint(request, reason_id, selected, rule, connection)
+    return replace(verdict, reason_id=reason_id, reason=str(answer["deny_reason"]), hint=hint)
+
+
+def _endpoint_at(connection: Verdict, pair: list[Any]) -> MatchedEndpoint | None:
+    if not pair:
+        return None
+    return next(item for item in connection.endpoints if [item.policy, item.index] == [pair[0], int(pair[1])])
+
+
+def _named(triple: list[Any], section: str) -> tuple[str, str]:
+    key, endpoint, rule = str(triple[0]), int(triple[1]), int(triple[2])
+    return key, f"endpoints[{endpoint}].{section}[{rule}]"
+
+
+def _denied(reason_id: str, reason: str, generation: Generation) -> Verdict:
+    return Verdict(allow=False, reason_id=reason_id, reason=reason, generation=generation.number)
+
+
+def _canonical(facts: Facts, generation: Generation) -> Facts:
+    """The facts as far as they can matter: two that differ only in what no rule looks at are one question."""
+    request = facts.request
+    if request is not None and request.query and not generation.index.uses_query:
+        request = replace(request, query=())
+    host = ascii_lower(facts.host)
+    if generation.require_binary_identity:
+        return replace(facts, host=host, request=request)
+    return Facts(host, facts.port, request=request)
+
+
+def _weight(facts: Facts) -> int:
+    total = len(facts.host) + len(facts.binary) + sum(map(len, facts.ancestors)) + sum(map(len, facts.cmdline))
+    request = facts.request
+    if request is None:
+        return total
+    return total + len(request.method) + len(request.path) + sum(len(key) + len(value) for key, value in request.query)
+
+
+def _malformed(facts: Facts) -> str:
+    """Why the facts cannot be judged, or an empty string. Text that JSON or a glob cannot carry whole never gets further."""
+    if not isinstance(facts.port, int) or isinstance(facts.port, bool) or not 1 <= facts.port <= 65535:
+        return "the port is not between 1 and 65535"
+    texts = [("host", facts.host), ("binary", facts.binary)]
+    if len(facts.ancestors) > MAX_CALLERS or len(facts.cmdline) > MAX_CALLERS:
+        return f"more than {MAX_CALLERS} callers"
+    texts += [("caller", text) for text in (*facts.ancestors, *facts.cmdline)]
+    request = facts.request
+    if request is not None:
+        if len(request.query) > MAX_QUERY:
+            return f"more than {MAX_QUERY} query parameters"
+        texts += [("method", request.method), ("path", request.path)]
+        texts += [("query", text) for pair in request.query for text in pair]
+        if not request.method or not request.path.startswith("/"):
+            return "the method is empty or the path is not absolute"
+    for name, text in texts:
+        if not isinstance(text, str) or len(text) > MAX_FACT:
+            return f"the {name} is not a text of reasonable length"
+        if "\0" in text:
+            return f"the {name} contains a NUL byte"
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            return f"the {name} is not valid text"
+    return "" if facts.host else "the host is empty"

@@ -1,0 +1,92 @@
+"""What a verdict says to a person: which rule allowed, and what would have. It never influences the decision."""
+
+from __future__ import annotations
+
+import difflib
+
+from openshell_supervisor.policy.lint import HTTP_METHODS
+from openshell_supervisor.policy.model import L7Allow
+from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Request, Verdict
+from openshell_supervisor.verdict.index import Index, domain
+
+MAX_QUOTED = 120
+"""Characters of a request's own text repeated in a hint."""
+
+
+def quoted(text: str) -> str:
+    """Text of the workload's, cut to a length that a log line can bear and without control characters."""
+    clean = "".join(c if c.isprintable() else "?" for c in text[: MAX_QUOTED + 1])
+    return clean if len(text) <= MAX_QUOTED else f"{clean[: MAX_QUOTED - 3]}..."
+
+
+def allowed_reason(request: Request, policy: str, rule: str) -> str:
+    """The sentence of an allowed request."""
+    return f"{quoted(request.method)} {quoted(request.path)} is allowed by {rule} of policy '{policy}'"
+
+
+def connection_hint(facts: Facts, reason_id: str, index: Index) -> str:
+    """What would allow a denied connection, or what was probably meant."""
+    host, place = quoted(facts.host), f"host: {quoted(facts.host)}, port: {facts.port}"
+    if reason_id == "engine_error":
+        return "a host pattern of the policy is not a glob; `openshell-supervisor check` names it"
+    if reason_id == "binary_not_allowed":
+        return f"add `- path: {quoted(facts.binary)}` to `binaries` of the rule, if this program may use it"
+    if reason_id == "no_policies":
+        return f"the policy has no network_policies; to allow this one add a rule with the endpoint {{{place}}}"
+    same = index.hosts.get(facts.host)
+    if same:
+        ports = ", ".join(str(port) for compiled in same for port in compiled.endpoint.ports)
+        return f"policy '{same[0].policy}' allows {host} on port {ports} only; add {facts.port} to its `ports`"
+    if facts.host.endswith(".") and facts.host[:-1] in index.hosts:
+        return "the host ends with a dot; rules are compared with names without it"
+    for pattern in (f"*.{facts.host}", f"**.{facts.host}"):
+        for compiled in index.hosts.get(pattern, ()):
+            return (
+                f"'{pattern}' of policy '{compiled.policy}' covers names below {host} only; add an endpoint {{{place}}}"
+            )
+    close = difflib.get_close_matches(
+        facts.host[:MAX_QUOTED], index.relatives.get(domain(facts.host), ()), n=1, cutoff=0.75
+    )
+    similar = f" (the policy has '{close[0]}')" if close else ""
+    return f"to allow it add an endpoint {{{place}}} to a rule under network_policies{similar}"
+
+
+def request_hint(
+    request: Request, reason_id: str, selected: MatchedEndpoint | None, rule: str, connection: Verdict
+) -> str:
+    """What would allow a denied request, naming the endpoint to change."""
+    if reason_id == "engine_error":
+        return "a path or query pattern of the policy is not a glob; `openshell-supervisor check` names it"
+    if selected is None:
+        paths = ", ".join(sorted({item.endpoint.path for item in connection.endpoints if item.endpoint.inspected}))
+        return f"the endpoints of this host cover only: {quoted(paths)}; add an endpoint with a `path` that covers this one"
+    where = f"policy '{selected.policy}', endpoints[{selected.index}] ({selected.endpoint.place()})"
+    if reason_id == "protocol_not_built":
+        return f"{where} has protocol {selected.endpoint.protocol}; only rest is inspected so far"
+    if reason_id == "invalid_request_target":
+        return f"add `allow_encoded_slash: true` to {where}"
+    if reason_id == "deny_rule":
+        return f"{rule} of policy '{selected.policy}' denies it; a deny rule wins over every allow"
+    if selected.endpoint.access and selected.endpoint.access not in ("read-only", "read-write", "full"):
+        return f"access '{quoted(selected.endpoint.access)}' of {where} is not a preset, so nothing is allowed"
+    return f"{_nearly(request, selected)}to allow it add `- allow: {_rule(request)}` to `rules` of {where}"
+
+
+def _rule(request: Request) -> str:
+    method = request.method.upper() if request.method.upper() in HTTP_METHODS else quoted(request.method)
+    return f'{{method: {method}, path: "{quoted(request.path)}"}}'
+
+
+def _nearly(request: Request, selected: MatchedEndpoint) -> str:
+    """A remark where a rule came close: same path with another method, or a `*` that would have to cross a slash."""
+    rules: tuple[L7Allow, ...] = selected.endpoint.rules
+    methods = [rule.method for rule in rules if rule.path == request.path]
+    if methods:
+        return f"this path is allowed for {', '.join(methods)} only; "
+    for rule in rules:
+        stem = rule.path.rstrip("*")
+        if rule.path.endswith("/*") and request.path.startswith(stem) and "/" in request.path[len(stem) :]:
+            return f"`{rule.path}` covers one segment, `{stem}**` would cover all below it; "
+        if rule.path.endswith("/**") and request.path == stem.rstrip("/"):
+            return f"`{rule.path}` does not cover `{request.path}` itself; "
+    return ""

@@ -1,0 +1,361 @@
+# May this leave? Upstream's package and rule names; the logic is policy.md 2.4 to 2.7.
+#
+# Written for both evaluators, rego-cpp in the process and an OPA server: `some i, x in` inside a comprehension, `every`, `with`
+# and net.cidr_contains are avoided, because rego-cpp does not have them.
+#
+# input.network           {"host": lower case, "port": number}
+# input.exec              {"path", "ancestors", "cmdline_paths"}
+# input.request           {"method", "path", "query_params": {name: [values]}}; absent for the question about a connection
+# input.runtime           {"require_binary_identity": bool}
+# input.policies_exist    false when the policy has no rule at all
+# input.network_policies  the rules that the index could not rule out: {key: {"endpoints": [..], "binaries": [..]}} in the shape of
+#                         upstream's data document. An endpoint also carries "index" (its place in the rule as written),
+#                         "wildcard", "hostless", "inspected", "built" (whether its protocol is), "specificity".
+# input.globs             which globs match, by kind: {"hosts", "binaries", "paths", "selectors": {pattern: true},
+#                         "queries": {pattern: {value: true}}, "invalid": {pattern: true}}. The dialect is upstream's, which no
+#                         evaluator's glob.match speaks; a pattern that is not asked here is not there.
+
+package openshell.sandbox
+
+import rego.v1
+
+# ---- the connection ------------------------------------------------------------------------------------------------------
+
+default allow_network := false
+
+allow_network if {
+	count(host_errors) == 0
+	count(matched) > 0
+}
+
+# Rules that have the endpoint, whoever calls.
+endpoint_policies contains key if {
+	some key, rule in input.network_policies
+	some endpoint in rule.endpoints
+	endpoint_matches(endpoint)
+}
+
+# Rules that have the endpoint and list the caller, each with its matching endpoints.
+matched contains [key, endpoint.index] if {
+	some key, rule in input.network_policies
+	binary_allowed(rule)
+	some endpoint in rule.endpoints
+	endpoint_matches(endpoint)
+}
+
+endpoint_matches(endpoint) if {
+	port_matches(endpoint)
+	host_matches(endpoint)
+}
+
+port_matches(endpoint) if input.network.port in endpoint.ports
+
+host_matches(endpoint) if {
+	not endpoint.wildcard
+	endpoint.host != ""
+	endpoint.host == input.network.host
+}
+
+host_matches(endpoint) if {
+	endpoint.wildcard
+	input.globs.hosts[endpoint.host]
+}
+
+host_matches(endpoint) if {
+	endpoint.host == ""
+	endpoint.hostless
+}
+
+# A host pattern that is no glob fails every question about its port, as upstream's evaluation does.
+host_errors contains endpoint.host if {
+	some _, rule in input.network_policies
+	some endpoint in rule.endpoints
+	endpoint.wildcard
+	port_matches(endpoint)
+	input.globs.invalid[endpoint.host]
+}
+
+binary_allowed(_) if input.runtime.require_binary_identity == false
+
+binary_allowed(rule) if {
+	input.runtime.require_binary_identity
+	some binary in rule.binaries
+	binary_matches(binary.path)
+}
+
+binary_matches(path) if {
+	not contains(path, "*")
+	path in callers
+}
+
+binary_matches(path) if {
+	contains(path, "*")
+	input.globs.binaries[path]
+}
+
+callers contains input.exec.path
+
+callers contains path if some path in input.exec.ancestors
+
+matched_network_policy := min({pair[0] | some pair in matched})
+
+default exact_declared_endpoint_host := false
+
+exact_declared_endpoint_host if {
+	some key, rule in input.network_policies
+	declared_binary_allowed(rule)
+	some endpoint in rule.endpoints
+	not endpoint.wildcard
+	not endpoint.advisor_proposed
+	endpoint_matches(endpoint)
+	endpoint.host != ""
+}
+
+declared_binary_allowed(_) if input.runtime.require_binary_identity == false
+
+declared_binary_allowed(rule) if {
+	input.runtime.require_binary_identity
+	some binary in rule.binaries
+	not binary.advisor_proposed
+	binary_matches(binary.path)
+}
+
+default deny_reason := ""
+
+deny_reason := sprintf("policy evaluation error: invalid glob '%s'", [min(host_errors)]) if {
+	count(host_errors) > 0
+} else := "" if {
+	allow_network
+} else := concat("; ", [missing_binary(key) | some key in sort(endpoint_policies)]) if {
+	count(endpoint_policies) > 0
+} else := sprintf("endpoint %s:%d is not allowed by any policy", [input.network.host, input.network.port]) if {
+	input.policies_exist
+} else := "network connections not allowed by policy"
+
+default deny_reason_id := ""
+
+deny_reason_id := "engine_error" if {
+	count(host_errors) > 0
+} else := "allowed" if {
+	allow_network
+} else := "binary_not_allowed" if {
+	count(endpoint_policies) > 0
+} else := "endpoint_not_allowed" if {
+	input.policies_exist
+} else := "no_policies"
+
+missing_binary(key) := sprintf("binary '%s' not allowed in policy '%s' (ancestors: [%s], cmdline: [%s]). %s", [
+	input.exec.path,
+	key,
+	concat(" -> ", input.exec.ancestors),
+	concat(", ", input.exec.cmdline_paths),
+	symlink_hint,
+])
+
+symlink_hint := concat(" ", [
+	"SYMLINK HINT: the binary path is the kernel-resolved target of /proc/<pid>/exe, not the symlink.",
+	"If the policy names a symlink, run `readlink -f` on it inside the sandbox and list the resolved path.",
+])
+
+network_action := {true: "allow", false: "deny"}[allow_network]
+
+egress_authorization := {
+	"action": network_action,
+	"reason_id": deny_reason_id,
+	"deny_reason": deny_reason,
+	"matched_policy": object.get({"policy": matched_network_policy | allow_network}, "policy", ""),
+	"matched_endpoints": matched,
+	"exact_declared_endpoint_host": exact_declared_endpoint_host,
+}
+
+# ---- the request ---------------------------------------------------------------------------------------------------------
+
+# Connection-level questions come first: a request is only judged where its connection is allowed.
+inspected contains [key, endpoint.index] if {
+	some key, rule in input.network_policies
+	binary_allowed(rule)
+	some endpoint in rule.endpoints
+	endpoint.inspected
+	endpoint_matches(endpoint)
+}
+
+# Which endpoint's parser and enforcement count: the most path-specific one that is selected, the last of equals.
+candidates contains [endpoint.specificity, key, endpoint.index] if {
+	some key, rule in input.network_policies
+	binary_allowed(rule)
+	some endpoint in rule.endpoints
+	endpoint.inspected
+	endpoint_matches(endpoint)
+	input.globs.selectors[endpoint.path]
+}
+
+selected := [pair[1], pair[2]] if pair := max(candidates)
+
+selected_endpoint := endpoint if {
+	some endpoint in input.network_policies[selected[0]].endpoints
+	endpoint.index == selected[1]
+}
+
+# The endpoints whose rules take part: those that match the connection and whose path the request satisfies.
+taking_part contains [key, endpoint] if {
+	some key, rule in input.network_policies
+	binary_allowed(rule)
+	some endpoint in rule.endpoints
+	endpoint_matches(endpoint)
+	endpoint_path_matches(endpoint)
+}
+
+endpoint_path_matches(endpoint) if endpoint.path == ""
+
+endpoint_path_matches(endpoint) if path_matches(endpoint.path)
+
+path_matches("**")
+
+path_matches(pattern) if input.globs.paths[pattern]
+
+method_matches("*")
+
+method_matches(method) if upper(method) == upper(input.request.method)
+
+method_matches(method) if {
+	upper(method) == "GET"
+	upper(input.request.method) == "HEAD"
+}
+
+# Allow: every configured key has at least one value and each of its values matches.
+query_allows(match) if not query_fails(match)
+
+query_fails(match) if {
+	some key, globs in match.query
+	query_key_fails(globs, key)
+}
+
+query_key_fails(_, key) if not input.request.query_params[key]
+
+query_key_fails(globs, key) if {
+	some value in input.request.query_params[key]
+	not value_matches(globs, value)
+}
+
+# Deny: every configured key has at least one value that matches.
+query_denies(match) if not query_missed(match)
+
+query_missed(match) if {
+	some key, globs in match.query
+	not query_key_hit(globs, key)
+}
+
+query_key_hit(globs, key) if {
+	some value in input.request.query_params[key]
+	value_matches(globs, value)
+}
+
+value_matches(globs, value) if {
+	some glob in globs
+	input.globs.queries[glob][value]
+}
+
+# A rule of an endpoint whose protocol is not built allows nothing; its deny rules with method and path still deny.
+allowed_by contains [key, endpoint.index, rule.index] if {
+	some [key, endpoint] in taking_part
+	endpoint.built
+	some rule in endpoint.rules
+	method_matches(rule.method)
+	path_matches(rule.path)
+	query_allows(rule)
+}
+
+denied_by contains [key, endpoint.index, rule.index] if {
+	some [key, endpoint] in taking_part
+	some rule in endpoint.deny_rules
+	method_matches(rule.method)
+	path_matches(rule.path)
+	query_denies(rule)
+}
+
+# A glob that cannot be evaluated fails the evaluation that reaches it: the request is denied, also under audit.
+request_errors contains pattern if {
+	some [_, endpoint] in taking_part
+	some rule in array.concat(endpoint.rules, endpoint.deny_rules)
+	method_matches(rule.method)
+	pattern := rule.path
+	input.globs.invalid[pattern]
+}
+
+request_errors contains pattern if {
+	some [_, endpoint] in taking_part
+	some rule in array.concat(endpoint.rules, endpoint.deny_rules)
+	method_matches(rule.method)
+	path_matches(rule.path)
+	some _, globs in rule.query
+	some pattern in globs
+	input.globs.invalid[pattern]
+}
+
+request_errors contains endpoint.path if {
+	some key, rule in input.network_policies
+	binary_allowed(rule)
+	some endpoint in rule.endpoints
+	endpoint_matches(endpoint)
+	input.globs.invalid[endpoint.path]
+}
+
+default allow_request := false
+
+allow_request if {
+	allow_network
+	request_outcome == "allowed"
+}
+
+default request_outcome := "engine_error"
+
+request_outcome := deny_reason_id if {
+	not allow_network
+} else := "allowed" if {
+	count(inspected) == 0
+} else := "engine_error" if {
+	count(request_errors) > 0
+} else := "no_endpoint_path" if {
+	count(candidates) == 0
+} else := "protocol_not_built" if {
+	not selected_endpoint.built
+} else := "invalid_request_target" if {
+	encoded_slash_refused
+} else := "deny_rule" if {
+	count(denied_by) > 0
+} else := "allowed" if {
+	count(allowed_by) > 0
+} else := "rule_not_matched"
+
+encoded_slash_refused if {
+	contains(input.request.path, "%2F")
+	not selected_endpoint.allow_encoded_slash
+}
+
+request_line := sprintf("%s %s", [input.request.method, input.request.path])
+
+request_deny_reason := deny_reason if {
+	not allow_network
+} else := sprintf("L7 evaluation error: invalid glob '%s'", [min(request_errors)]) if {
+	request_outcome == "engine_error"
+} else := sprintf("protocol %s is not built yet, so no request to this endpoint is let through", [selected_endpoint.protocol]) if {
+	request_outcome == "protocol_not_built"
+} else := "request-target contains an encoded '/' (%2F) which is not allowed on this endpoint" if {
+	request_outcome == "invalid_request_target"
+} else := sprintf("%s blocked by deny rule", [request_line]) if {
+	request_outcome == "deny_rule"
+} else := "no L7 endpoint path matched request" if {
+	request_outcome == "no_endpoint_path"
+	count(inspected) > 1
+} else := sprintf("%s not permitted by policy", [request_line]) if {
+	request_outcome != "allowed"
+}
+
+request_authorization := {
+	"allow": allow_request,
+	"reason_id": request_outcome,
+	"deny_reason": object.get({"text": request_deny_reason | true}, "text", ""),
+	"allowed_by": allowed_by,
+	"denied_by": denied_by,
+	"selected": object.get({"pair": selected | true}, "pair", []),
+}

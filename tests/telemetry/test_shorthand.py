@@ -10,13 +10,13 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from openshell_supervisor.telemetry import ocsf
 from openshell_supervisor.telemetry.shorthand import cut, one_line, shorthand
 from telemetry import examples, schema
-from telemetry.hostile import hostile_text
+from telemetry.hostile import HOSTILE, hostile_text
 
 
 def test_all_example_rows_are_reproduced() -> None:
@@ -199,6 +199,12 @@ def test_reading_json_back_gives_the_same_line() -> None:
     """A reader of the JSONL file can rebuild each line."""
     for row in examples.rows():
         assert shorthand(json.loads(json.dumps(row["event"]))) == row["shorthand"]
+
+
+@pytest.mark.parametrize("char", HOSTILE)
+def test_the_property_tests_see_hostile_text(char: str) -> None:
+    """The strategy of the property tests really draws each dangerous character."""
+    assert char in find(hostile_text(), lambda text: char in text, settings=settings(max_examples=5000, database=None))
 
 
 def test_every_class_has_a_line() -> None:

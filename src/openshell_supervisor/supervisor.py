@@ -333,7 +333,8 @@ async def _run_workload(prepared: Run, boundary: Boundary, child: Child, settled
     )
     workload.forward_signals()
     guard = process.Guard.start(prepared.reaper, child.pid, boundary.netns_inode, prepared.directory)
-    settled.serving.add_done_callback(lambda task: _proxy_lost(task, workload))
+    on_loss: Callable[[asyncio.Task[None]], None] = lambda task: _proxy_lost(task, workload)  # noqa: E731
+    settled.serving.add_done_callback(on_loss)
     warming = asyncio.create_task(settled.proxy.warm(), name="proxy warm-up")
     described = Process(settings.command[0], child.pid)
     try:
@@ -349,6 +350,7 @@ async def _run_workload(prepared: Run, boundary: Boundary, child: Child, settled
         return outcome.code
     finally:
         workload.release_signals()
+        settled.serving.remove_done_callback(on_loss)
         warming.cancel()
         left = await process.clear_away(child.pid, boundary.netns_inode, frozenset({guard.pid}))
         if left:

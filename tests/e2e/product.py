@@ -44,11 +44,23 @@ class Ran:
 
 
 def argv(
-    directory: pathlib.Path, policy: str, command: Sequence[str], options: Sequence[str] = (), *, executable: str | None = None
+    directory: pathlib.Path,
+    policy: str,
+    command: Sequence[str],
+    options: Sequence[str] = (),
+    *,
+    executable: str | None = None,
 ) -> list[str]:
     """The command line of a run whose files all lie in `directory`."""
     (directory / "policy.yaml").write_text(policy)
-    base = [executable or sys.executable, "-m", "openshell_supervisor", "run", "--policy", str(directory / "policy.yaml")]
+    base = [
+        executable or sys.executable,
+        "-m",
+        "openshell_supervisor",
+        "run",
+        "--policy",
+        str(directory / "policy.yaml"),
+    ]
     base += ["--status-file", str(directory / "status.json"), "--ocsf-file", str(directory / "events.jsonl")]
     return [*base, *options, "--", *command]
 

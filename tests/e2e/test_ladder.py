@@ -6,9 +6,10 @@ import errno
 import pathlib
 import sys
 
-import hosts
 import product
 import pytest
+
+import hosts
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "telemetry"))
 from schema import assert_valid
@@ -48,7 +49,11 @@ EXPECTED = [
     ("root, unshare unknown (gVisor)", "observed", "EINVAL"),
 ]
 # Inside: nothing on the way out, and no capability left.
-LOOK = "grep -h CapEff /proc/self/status; curl -sS -m 3 --noproxy '*' http://198.51.100.1/ 2>&1; curl -s -m 5 -o /dev/null -w '%{http_code}' http://198.51.100.1/"
+LOOK = """
+grep -h CapEff /proc/self/status
+curl -sS -m 3 --noproxy '*' http://198.51.100.1/ 2>&1
+curl -s -m 5 -o /dev/null -w '%{http_code}' http://198.51.100.1/
+"""
 
 
 @pytest.mark.root

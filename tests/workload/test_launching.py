@@ -65,7 +65,7 @@ async def test_workload_inherits_three_descriptors_and_default_signals(reaper: R
         child = Child.start(reaper, LAUNCHER)
         await child.ask(confinement(SELF))
         out = await run_in(
-            child, "ls /proc/$$/fd | tr '\\n' ' '; grep -E 'SigIgn|SigBlk' /proc/$$/status", open_tmp / "out"
+            child, "ls /proc/$$/fd | tr '\\n' ' '; grep -E 'SigIgn|SigBlk' /proc/self/status", open_tmp / "out"
         )
     finally:
         os.close(canary)
@@ -148,7 +148,7 @@ async def test_made_namespace_has_nothing_but_lo(reaper: Reaper, open_tmp: pathl
     open_tmp.chmod(0o777)
     child = Child.start(reaper, LAUNCHER)
     answer, descriptors = await child.ask(making(OTHER))
-    assert answer["attempts"] == [["netns", None]]
+    assert answer["attempts"] == [["netns", None, None]]
     assert answer["inode"] != HERE
     assert os.fstat(descriptors[1]).st_ino == answer["inode"]
     os.close(descriptors[1])

@@ -29,7 +29,7 @@ async def build(label: str, port: int, launcher: Launcher, identity: Mapping[str
     }
     with entering(RUNG):
         answer, (listening, namespace) = await launcher.ask(request)
-    method, _ = answer["attempts"][-1]
+    method = answer["attempts"][-1][0]
     return Boundary(
         RUNG,
         label,

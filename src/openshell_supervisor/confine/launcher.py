@@ -61,6 +61,7 @@ IFREQ_FLAGS = "16sh22x"  # struct ifreq is 40 bytes on every 64-bit ABI
 NSIG = signal.NSIG
 
 libc = ctypes.CDLL(None, use_errno=True)
+unmapped: list[int] = []  # the overflow uid that the kernel shows once uid 0 lives unmapped in a user namespace
 
 
 class StepError(OSError):
@@ -117,7 +118,6 @@ def enter(request: Request, descriptors: list[int]) -> Answer:
     passed: list[int] = []
     if how == "make":
         answer["attempts"] = make_namespace(request)
-        raise_loopback()
         passed = [listen(request["port"], request["backlog"]), os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)]
     inode = netns_inode()
     expected = request.get("inode")
@@ -129,27 +129,43 @@ def enter(request: Request, descriptors: list[int]) -> Answer:
 
 
 def make_namespace(request: Request) -> list[list[object]]:
-    """Make a network namespace: plainly where CAP_SYS_ADMIN allows, else inside a user namespace of the workload's identity.
+    """Make a network namespace with lo up: plainly where the capabilities allow, else inside a user namespace.
 
-    Answers the attempts as [method, errno or null]. In the second form the identity is dropped first, so that the one user
-    mapped in the new namespace is the workload's, and no privileged helper is needed to write the map (user_namespaces(7)).
+    Answers the attempts as [method, step or null, errno or null]. A container may have CAP_SYS_ADMIN without CAP_NET_ADMIN: then
+    the namespace is made but lo cannot be raised, and the second way is taken from there.
     """
-    attempts: list[list[object]] = []
     try:
         call("unshare(CLONE_NEWNET)", libc.unshare, CLONE_NEWNET)
-        return [["netns", None]]
+        raise_loopback()
+        return [["netns", None, None]]
     except StepError as error:
-        attempts.append(["netns", error.errno])
-    take_identity(request["identity"])
+        attempts: list[list[object]] = [["netns", error.step, error.errno]]
+    attempts += make_user_namespace(request["identity"])
+    raise_loopback()
+    return attempts
+
+
+def make_user_namespace(identity: Request) -> list[list[object]]:
+    """A user namespace with a network namespace in it, owned by the workload's own identity, and mapping only that.
+
+    The identity is dropped first, so no privileged helper has to write the maps (user_namespaces(7)). Mapping uid 0 needs
+    CAP_SETFCAP at the time of unshare (kernel/user_namespace.c, verify_root_map); without it uid 0 stays unmapped, which
+    shows it as the overflow uid and takes nothing from the boundary.
+    """
+    take_identity(identity)
     uid, gid = os.geteuid(), os.getegid()
     # setresuid made the process non-dumpable, which gives its /proc files to root: the maps could not be written (proc(5)).
     prctl("dumpable", PR_SET_DUMPABLE, 1)
     call("unshare(CLONE_NEWUSER|CLONE_NEWNET)", libc.unshare, CLONE_NEWUSER | CLONE_NEWNET)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with step(f"write {name}"):
+        try:
             write_file(f"/proc/self/{name}", text)
-    attempts.append(["userns", None])
-    return attempts
+        except OSError as error:
+            if name != "uid_map" or uid != 0:
+                raise StepError(f"write {name}", error.errno or 0) from None
+            unmapped.append(os.geteuid())
+            return [["userns", "write uid_map", error.errno]]
+    return [["userns", None, None]]
 
 
 def write_file(path: str, text: str) -> None:
@@ -230,7 +246,7 @@ def drop_capabilities() -> bool:
 
 def confine(request: Request, descriptors: list[int]) -> Answer:
     """Take the identity for good and give up every privilege; answers what was verified afterwards, not what was asked."""
-    identity = request["identity"]
+    identity = {**request["identity"], **({"uid": unmapped[0]} if unmapped else {})}
     if request.get("cwd"):
         with step("chdir"):
             os.chdir(request["cwd"])

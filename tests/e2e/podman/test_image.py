@@ -99,6 +99,10 @@ class Bench:
             [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else [],
         )
 
+    def no_namespaces(self) -> tuple[str, ...]:
+        """The options of a runtime whose seccomp profile refuses every new namespace, as Docker's default does."""
+        return (*BARE, f"--security-opt=seccomp={self.files / 'no-namespaces.json'}")
+
     def start(self, extra: tuple[str, ...], *workload: str) -> str:
         """Start a workload in the background and return the container's name once it says WAITING."""
         name = self.host.podman("run", "--detach", *self.options(extra, workload), check=True).stdout.strip()
@@ -182,6 +186,29 @@ def test_more_capabilities_never_mean_less(bench: Bench, caps: tuple[str, ...], 
     assert outcome.rung in rungs, outcome.stderr
     holds(outcome)
     assert outcome.code == 7
+
+
+def test_where_namespaces_are_refused_auto_runs_and_says_that_nothing_is_enforced(bench: Bench) -> None:
+    """Under a Docker-like profile `auto` still starts, as `observed`: degraded, with the kernel's errno, and not a word more."""
+    outcome = bench.run(bench.no_namespaces(), "/e2e/requests.py")
+    assert outcome.code == 7, outcome.stderr
+    assert (outcome.rung, outcome.layer("network")) == ("observed", "degraded")
+    assert outcome.status["egress"] == "observe"
+    assert "CONFIG:DEGRADED" in outcome.stderr and "EPERM" in outcome.stderr
+    assert outcome.report["denied_path"] == {"status": 200, "body": "upstream saw /private"}
+
+
+@pytest.mark.parametrize(
+    "demand",
+    ["--env=OPENSHELL_NETWORK_MODE=isolated", "--env=OPENSHELL_REQUIRE=network"],
+    ids=["isolated", "require-network"],
+)
+def test_where_namespaces_are_refused_a_demand_for_them_is_fatal(bench: Bench, demand: str) -> None:
+    """Who asked for isolation gets it or nothing: exit code 1, one screen that names the errno, the workload never started."""
+    outcome = bench.run((*bench.no_namespaces(), demand), "/e2e/requests.py")
+    assert outcome.code == 1, outcome.stderr
+    assert "REPORT" not in outcome.stdout
+    assert "EPERM" in outcome.stderr and "Traceback" not in outcome.stderr
 
 
 @pytest.mark.parametrize("options", [DEFAULT, BARE], ids=["default", "bare"])

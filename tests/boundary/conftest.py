@@ -1,5 +1,5 @@
-"""A network namespace of its own for the supervisor's side of each test, so that the machine's real one stays untouched,
-and small programs that try things from inside the workload's.
+"""A network namespace of its own for the supervisor's side of each test, so that the machine's real one stays
+untouched, and small programs that try things from inside the workload's.
 """
 
 from __future__ import annotations

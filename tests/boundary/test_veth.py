@@ -120,7 +120,8 @@ print(json.dumps(ways))
 
 async def test_listeners_of_the_supervisor_s_namespace_are_refused_at_once(inside: Inside, shell: Shell) -> None:
     """What listens outside answers outside and is refused inside: all addresses, the proxy's own, another link's."""
-    shell("ip link add eth9 type veth peer name eth8; ip link set eth8 up; ip addr add 192.0.2.7/24 dev eth9; ip link set eth9 up")
+    shell("ip link add eth9 type veth peer name eth8; ip link set eth8 up; ip link set eth9 up")
+    shell("ip addr add 192.0.2.7/24 dev eth9")
     async with rung() as boundary:
         with ExitStack() as stack:
             everywhere = stack.enter_context(outer_listener("0.0.0.0")).getsockname()[1]
@@ -129,7 +130,9 @@ async def test_listeners_of_the_supervisor_s_namespace_are_refused_at_once(insid
             ways = [("10.200.0.1", everywhere), ("192.0.2.7", everywhere), ("10.200.0.1", beside), ("192.0.2.7", aside)]
             for way in ways:
                 socket.create_connection(way, 2).close()
-            found = inside(boundary, ELSEWHERE % [*ways, ("198.51.100.1", 80), ("10.200.0.77", 3128), ("1.1.1.1", 3128)])
+            found = inside(
+                boundary, ELSEWHERE % [*ways, ("198.51.100.1", 80), ("10.200.0.77", 3128), ("1.1.1.1", 3128)]
+            )
     assert {answer for answer, _ in found.values()} == {"ECONNREFUSED"}, found
     assert max(took for _, took in found.values()) < FAST
 
@@ -152,7 +155,8 @@ async def test_udp_is_refused_and_never_arrives(inside: Inside, uid: int | None)
             port = listener.getsockname()[1]
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"control", ("10.200.0.1", port))
             assert received(listener)
-            program = f"print(json.dumps([attempt(lambda: send(h, p))[0] for h, p in {[('10.200.0.1', port), ('1.1.1.1', 53)]}]))"
+            ways = [("10.200.0.1", port), ("1.1.1.1", 53)]
+            program = f"print(json.dumps([attempt(lambda: send(h, p))[0] for h, p in {ways}]))"
             assert inside(boundary, program, uid=uid) == ["EPERM", "EPERM"]
             assert not received(listener)
 
@@ -172,7 +176,9 @@ async def test_every_other_protocol_is_dropped(
     async with rung() as boundary:
         with outer_listener("0.0.0.0", kind, protocol) as listener:
             port = listener.getsockname()[1]
-            program = f"print(json.dumps(attempt(lambda: send('10.200.0.1', {port}, socket.AF_INET, {kind}, {protocol}))[0]))"
+            program = (
+                f"print(json.dumps(attempt(lambda: send('10.200.0.1', {port}, socket.AF_INET, {kind}, {protocol}))[0]))"
+            )
             assert inside(boundary, program) == "EPERM", name
             assert not received(listener)
             shell(f"nsenter --net=/proc/{os.getpid()}/fd/{boundary.netns_fd} nft delete table inet openshell_bypass")
@@ -240,16 +246,26 @@ def world(outer_namespace: None, shell: Shell) -> Iterator[Callable[[str], str]]
         shell("ip addr add 198.51.100.254/24 dev world0; ip link set world0 up")
         shell(f"{into} ip addr add 198.51.100.1/24 dev world1; {into} ip link set world1 up")
         shell(f"{into} ip route add default via 198.51.100.254")
-        program = "import socket; s=socket.create_server(('198.51.100.1',80)); print('up',flush=True); s.accept(); input()"
+        program = (
+            "import socket; s=socket.create_server(('198.51.100.1',80)); print('up',flush=True); s.accept(); input()"
+        )
         server = subprocess.Popen(
             [*into.split(), sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE
         )
         stack.enter_context(server)
         stack.callback(server.kill)
         assert server.stdout is not None and server.stdout.readline() == b"up\n"
-        yield lambda program: subprocess.run(
-            [*into.split(), sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=20
-        ).stdout
+        yield (
+            lambda program: (
+                subprocess.run(
+                    [*into.split(), sys.executable, "-c", program],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                    timeout=20,
+                ).stdout
+            )
+        )
 
 
 @pytest.mark.usefixtures("world")
@@ -270,7 +286,8 @@ async def test_nothing_is_forwarded_even_where_the_host_forwards(inside: Inside,
 
 
 async def test_the_proxy_does_not_serve_the_network_of_the_host(world: Callable[[str], str]) -> None:
-    """A neighbour that routes 10.200.0.1 to this host does not reach the proxy, as it reaches a plain listener there."""
+    """A neighbour that routes 10.200.0.1 to this host does not reach the proxy, as it reaches a plain listener
+    there."""
     program = """
 import socket
 try:

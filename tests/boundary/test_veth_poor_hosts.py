@@ -1,5 +1,5 @@
-"""Where the kernel refuses a step, the veth rung says which and undoes the rest; where the supervisor is killed, nothing
-stays. Each refusal is the kernel's: capabilities that are gone, a filter that an outer runtime could have set.
+"""Where the kernel refuses a step, the veth rung says which and undoes the rest; where the supervisor is killed,
+nothing stays. Each refusal is the kernel's: capabilities that are gone, a filter that an outer runtime could have set.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import hosts
 import pytest
 
+import hosts
 from openshell_supervisor.boundary import bypass, nft, veth
 from openshell_supervisor.boundary.nft import Rule
 from openshell_supervisor.errors import BoundaryError
@@ -129,7 +129,8 @@ def with_rule_replaced(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 async def test_a_kernel_that_cannot_report_gets_the_fence_and_says_so(
     monkeypatch: pytest.MonkeyPatch, recorder: Any, telemetry: Any, inside: Callable[..., Any]
 ) -> None:
-    """Without log and ct the refusals hold all the same; an event of severity Medium and the detail name what is missing."""
+    """Without log and ct the refusals hold all the same; an event of severity Medium and the detail name what is
+    missing."""
     with_rule_replaced(monkeypatch, "log_tcp", "established")
     boundary = await veth.build("sandbox-5eed5eed", 3128, telemetry)
     try:

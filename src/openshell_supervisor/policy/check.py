@@ -48,7 +48,13 @@ def check(path: Path) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
     return checked.problems, checked.warnings
 
 
-def report(checked: Checked) -> str:
+def report(path: Path | str) -> tuple[str, bool]:
+    """What the CLI prints for a file, with a trailing newline, and whether the supervisor would start with it."""
+    checked = examine(Path(path))
+    return f"{render(checked)}\n", checked.ok
+
+
+def render(checked: Checked) -> str:
     """The outcome for a person, without a trailing newline: each finding with place, code and hint, then one summary line."""
     lines = [line for problem in checked.problems for line in _lines(checked.source, "error", problem)]
     lines += [line for problem in checked.warnings for line in _lines(checked.source, "warning", problem)]

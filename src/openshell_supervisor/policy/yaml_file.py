@@ -77,8 +77,20 @@ def parse(text: str, source: str = "") -> LoadedPolicy:
 
 
 _FOLLOWS_FROM_ABSENCE = frozenset(
-    ("host_missing", "port_missing", "mcp_host", "mcp_port", "rules_missing", "rules_empty", "deny_needs_protocol",
-     "deny_needs_base", "signing_service", "middleware_invalid", "tcp_host", "middleware_order")
+    (
+        "host_missing",
+        "port_missing",
+        "mcp_host",
+        "mcp_port",
+        "rules_missing",
+        "rules_empty",
+        "deny_needs_protocol",
+        "deny_needs_base",
+        "signing_service",
+        "middleware_invalid",
+        "tcp_host",
+        "middleware_order",
+    )
 )
 
 

@@ -6,7 +6,6 @@ never raises: facts that make no sense and an engine that fails are denials. No 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +15,9 @@ from openshell_supervisor.verdict.cache import Lru
 from openshell_supervisor.verdict.document import document
 from openshell_supervisor.verdict.engines.embedded import Engine, EngineError, shared_engine
 from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Request, Verdict
-from openshell_supervisor.verdict.hints import allowed_reason, connection_hint, request_hint
+from openshell_supervisor.verdict.hints import connection_hint, request_hint
 from openshell_supervisor.verdict.index import CompiledEndpoint, Index, ascii_lower
+from openshell_supervisor.verdict.reasons import allowed_reason, connection_reason, request_reason
 
 VERDICTS_KEPT = 4096
 """Entries of a generation's memory. With `MAX_REMEMBERED` it stays below some 10 MiB, and an agent's working set of hosts and
@@ -33,7 +33,9 @@ MAX_CALLERS = 256
 
 _HARD = frozenset(("engine_error", "no_endpoint_path", "protocol_not_built", "invalid_request_target"))
 """Denials of a request that no endpoint's `audit` softens."""
-_log = logging.getLogger(__name__)
+ENGINE_HINT = (
+    "the rules could not be evaluated; this is a fault of the supervisor or of its installation, not of the policy"
+)
 
 
 class Generation:
@@ -113,9 +115,9 @@ def _asked(facts: Facts, generation: Generation, candidates: list[CompiledEndpoi
         if facts.request is None or not verdict.allow or not verdict.inspected:
             return verdict
         return _request(facts, facts.request, generation, candidates, verdict)
-    except (EngineError, KeyError, IndexError, TypeError, ValueError, ImportError, OSError, RecursionError) as error:
-        _log.error("the rules could not be evaluated: %s: %s", type(error).__name__, error)
-        return _denied("engine_error", f"policy evaluation error: {type(error).__name__}", generation)
+    except Exception as error:  # noqa: BLE001 - the boundary of the rules: whatever goes wrong inside, the answer is no
+        what = str(error) if isinstance(error, EngineError) else type(error).__name__
+        return replace(_denied("engine_error", f"policy evaluation error: {what}", generation), hint=ENGINE_HINT)
 
 
 def _connection(facts: Facts, generation: Generation, candidates: list[CompiledEndpoint]) -> Verdict:
@@ -123,10 +125,9 @@ def _connection(facts: Facts, generation: Generation, candidates: list[CompiledE
     answer = generation.engine.ask("egress_authorization", text)
     reason_id = str(answer["reason_id"])
     if answer["action"] != "allow" or reason_id != "allowed":
-        verdict = _denied(
-            reason_id if reason_id != "allowed" else "engine_error", str(answer["deny_reason"]), generation
-        )
-        return replace(verdict, hint=connection_hint(facts, reason_id, generation.index))
+        reason_id = "engine_error" if reason_id == "allowed" else reason_id
+        reason = connection_reason(facts, reason_id, sorted(answer["endpoint_policies"]), sorted(answer["errors"]))
+        return replace(_denied(reason_id, reason, generation), hint=connection_hint(facts, reason_id, generation.index))
     matched = {(str(key), int(index)) for key, index in answer["matched_endpoints"]}
     endpoints = tuple(
         MatchedEndpoint(c.policy, c.index, c.endpoint) for c in candidates if (c.policy, c.index) in matched
@@ -160,7 +161,8 @@ def _request(
         return replace(verdict, reason=allowed_reason(request, policy, rule))
     reason_id = "engine_error" if reason_id == "allowed" else reason_id
     hint = request_hint(request, reason_id, selected, rule, connection)
-    return replace(verdict, reason_id=reason_id, reason=str(answer["deny_reason"]), hint=hint)
+    reason = request_reason(request, reason_id, selected, sorted(answer["errors"]), connection)
+    return replace(verdict, reason_id=reason_id, reason=reason, hint=hint)
 
 
 def _endpoint_at(connection: Verdict, pair: list[Any]) -> MatchedEndpoint | None:

@@ -1,4 +1,4 @@
-"""What a verdict says to a person: which rule allowed, and what would have. It never influences the decision."""
+"""What would have allowed a denied connection or request, for a person. It never influences the decision."""
 
 from __future__ import annotations
 
@@ -8,20 +8,7 @@ from openshell_supervisor.policy.lint import HTTP_METHODS
 from openshell_supervisor.policy.model import L7Allow
 from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Request, Verdict
 from openshell_supervisor.verdict.index import Index, domain
-
-MAX_QUOTED = 120
-"""Characters of a request's own text repeated in a hint."""
-
-
-def quoted(text: str) -> str:
-    """Text of the workload's, cut to a length that a log line can bear and without control characters."""
-    clean = "".join(c if c.isprintable() else "?" for c in text[: MAX_QUOTED + 1])
-    return clean if len(text) <= MAX_QUOTED else f"{clean[: MAX_QUOTED - 3]}..."
-
-
-def allowed_reason(request: Request, policy: str, rule: str) -> str:
-    """The sentence of an allowed request."""
-    return f"{quoted(request.method)} {quoted(request.path)} is allowed by {rule} of policy '{policy}'"
+from openshell_supervisor.verdict.reasons import MAX_QUOTED, quoted
 
 
 def connection_hint(facts: Facts, reason_id: str, index: Index) -> str:

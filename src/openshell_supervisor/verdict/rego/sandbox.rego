@@ -3,6 +3,9 @@
 # Written for both evaluators, rego-cpp in the process and an OPA server: `some i, x in` inside a comprehension, `every`, `with`
 # and net.cidr_contains are avoided, because rego-cpp does not have them.
 #
+# The two *_authorization documents carry no text of the workload's, so that a fault in an evaluator's escaping can never
+# forge a decision; deny_reason and request_deny_reason are for people and are asked for on their own.
+#
 # input.network           {"host": lower case, "port": number}
 # input.exec              {"path", "ancestors", "cmdline_paths"}
 # input.request           {"method", "path", "query_params": {name: [values]}}; absent for the question about a connection
@@ -147,10 +150,15 @@ deny_reason_id := "engine_error" if {
 missing_binary(key) := sprintf("binary '%s' not allowed in policy '%s' (ancestors: [%s], cmdline: [%s]). %s", [
 	input.exec.path,
 	key,
-	concat(" -> ", input.exec.ancestors),
-	concat(", ", input.exec.cmdline_paths),
+	joined(" -> ", input.exec.ancestors),
+	joined(", ", input.exec.cmdline_paths),
 	symlink_hint,
 ])
+
+# rego-cpp's concat of nothing is not the empty string.
+joined(_, list) := "" if count(list) == 0
+
+joined(separator, list) := concat(separator, list) if count(list) > 0
 
 symlink_hint := concat(" ", [
 	"SYMLINK HINT: the binary path is the kernel-resolved target of /proc/<pid>/exe, not the symlink.",
@@ -162,9 +170,10 @@ network_action := {true: "allow", false: "deny"}[allow_network]
 egress_authorization := {
 	"action": network_action,
 	"reason_id": deny_reason_id,
-	"deny_reason": deny_reason,
 	"matched_policy": object.get({"policy": matched_network_policy | allow_network}, "policy", ""),
 	"matched_endpoints": matched,
+	"endpoint_policies": endpoint_policies,
+	"errors": host_errors,
 	"exact_declared_endpoint_host": exact_declared_endpoint_host,
 }
 
@@ -354,7 +363,7 @@ request_deny_reason := deny_reason if {
 request_authorization := {
 	"allow": allow_request,
 	"reason_id": request_outcome,
-	"deny_reason": object.get({"text": request_deny_reason | true}, "text", ""),
+	"errors": request_errors,
 	"allowed_by": allowed_by,
 	"denied_by": denied_by,
 	"selected": object.get({"pair": selected | true}, "pair", []),

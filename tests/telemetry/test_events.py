@@ -147,6 +147,20 @@ def test_degraded_is_exactly_the_reference(telemetry: Telemetry, memory: MemoryS
     assert (mild["severity_id"], mild.get("is_alert")) == (3, None)
 
 
+def test_observing_on_request_does_not_claim_a_lost_namespace(telemetry: Telemetry, memory: MemorySink) -> None:
+    """With an isolating rung and egress observed as asked, nothing says that isolation failed or that it is the host's."""
+    event, finding = telemetry.degraded("auto", effective="isolated", asked=True)
+    assert memory.lines == [
+        "CONFIG:DEGRADED [MED] Egress policy is observation-only "
+        "[requested:auto effective:isolated enforcement:observe]",
+        'FINDING:LOGGED [MED] "Egress Enforcement Unavailable" [type:egress-enforcement-unavailable confidence:high]',
+    ]
+    assert event["status"] == "Success"
+    assert "host" not in finding["message"] + finding["finding_info"]["desc"]
+    assert_valid(event)
+    assert_valid(finding)
+
+
 def test_observed_event_is_row_91_with_the_mark(telemetry: Telemetry) -> None:
     """A would-be denial is the reference's row 91 plus the mark that makes the line show the reason."""
     reference = examples.rows()[90]["event"]

@@ -8,11 +8,10 @@ and what looks like a query is cut here as well, because a second fence is cheap
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypedDict, Unpack
 
-from openshell_supervisor.telemetry import ocsf
+from openshell_supervisor.telemetry import ocsf, wording
 from openshell_supervisor.telemetry.ocsf import Context, Endpoint, Process, Severity
 from openshell_supervisor.telemetry.shorthand import WOULD_DENY, shorthand
 
@@ -20,10 +19,7 @@ __all__ = ["Context", "Endpoint", "Event", "Process", "Severity", "Sink", "Telem
 
 type Event = dict[str, Any]
 
-BYPASS_REASON = "direct connection bypassed HTTP CONNECT proxy"
 _EXPECTED_DISPOSITION = {"Allowed": "Allowed", "Denied": "Blocked", "Observed": "Logged"}
-# As the supervisor's own reader of denials redacts: from "?" to the next blank or closing bracket.
-_QUERY = re.compile(r"\?[^\s\]]+")
 # OCSF: observed neither at the source nor at the destination, but on the way; 2 is the destination's side, where a
 # proxy sits.
 _ON_THE_WAY, _AT_DESTINATION = 3, 2
@@ -108,7 +104,7 @@ class Telemetry:
         `fields` are shown at the end of the message as `[key:value …]` in the given order, `error` always last since
         it is free text, and are kept in `unmapped` as well; a field that is None is left out.
         """
-        event = self._config(state, _with_fields(message, fields), enabled, severity, ok)
+        event = self._config(state, wording.with_fields(message, fields), enabled, severity, ok)
         if status_code is not None:
             event["status_code"] = ocsf.clean(status_code)
         if status_detail is not None:
@@ -280,10 +276,10 @@ class Telemetry:
         """
         actor = actor or Process("-", 0)
         head = f"BYPASS_DETECT {ip}:{port} proto={protocol} binary={actor.name}"
-        hint = _bypass_hint(protocol, port)
+        hint = wording.bypass_hint(protocol, port)
         refusal = self.network(
             "Refuse",
-            f"{head} action=reject reason={BYPASS_REASON}",
+            f"{head} action=reject reason={wording.BYPASS_REASON}",
             action="Denied",
             dst=Endpoint(host=host, ip=ip, port=port),
             actor=actor,
@@ -298,16 +294,9 @@ class Telemetry:
             alert=True,
             confidence="High",
             action="Denied",
-            evidence={
-                "dst_addr": ip,
-                "dst_port": str(port),
-                "proto": protocol,
-                "binary": actor.name,
-                "binary_pid": str(actor.pid) if actor.pid else "-",
-                "ancestors": " -> ".join(actor.ancestors) or "-",
-            },
+            evidence=wording.bypass_evidence(ip, port, protocol, actor),
             remediation=hint,
-            desc=BYPASS_REASON,
+            desc=wording.BYPASS_REASON,
         )
         return refusal, finding
 
@@ -320,51 +309,41 @@ class Telemetry:
         error: str | None = None,
         errno: str | None = None,
         probe: str | None = None,
+        asked: bool | None = None,
     ) -> tuple[Event, Event]:
         """Egress policy is only observed: `CONFIG:DEGRADED` and its finding, once per start.
 
-        With `requested` "host" this is as the operator asked (Success, no alert). Anything else is a fallback: `error`
-        says what the host refused ("setns: Operation not permitted"), `errno` its symbol ("EPERM"), `probe` the step
-        that failed.
+        `asked` True means as the operator wished (Success, no alert), False a fallback; left out, it follows from
+        `requested` being "host". Of a fallback, `error` says what the host refused ("setns: Operation not permitted"),
+        `errno` is its symbol ("EPERM"), `probe` the step that failed. `effective` other than "host" is a sandbox with a
+        namespace of its own whose egress is observed on request.
         """
-        asked = requested == "host"
-        shown = {"requested": requested, "effective": effective, "enforcement": egress, "error": error}
-        message = _with_fields("Network isolation degraded; egress policy is observation-only", shown)
+        if asked is None:
+            asked = requested == "host"
+        message = wording.degraded_message(requested, effective, egress, error)
         event = self._config("degraded", message, None, Severity.MEDIUM, asked)
-        ocsf.labelled(event, "security_level", "At Risk", ocsf.SECURITY_LEVEL_IDS)
-        ocsf.labelled(event, "prev_security_level", "Unknown", ocsf.SECURITY_LEVEL_IDS)
-        event["security_states"] = [{"state_id": 4, "state": "Protection off"}]
+        _set_at_risk(event)
         if errno is not None:
             event["status_code"] = ocsf.clean(errno)
         if error is not None:
             event["status_detail"] = ocsf.clean(f"{probe} failed: {error}" if probe else error)
         modes = {"network_mode_requested": requested, "network_mode_effective": effective}
-        unmapped: dict[str, object] = {**modes, "egress_enforcement": egress}
-        if not asked:
-            unmapped |= {"probe": probe, "errno": errno}
-            unmapped |= {"filesystem_enforcement": "unchanged", "seccomp_enforcement": "unchanged"}
-        self._emit(event, {key: value for key, value in unmapped.items() if value is not None})
-        return event, self._degraded_finding(asked, {**modes, **({"errno": errno} if errno else {})})
-
-    def _degraded_finding(self, asked: bool, evidence: Mapping[str, str]) -> Event:
-        why = "host mode was requested" if asked else "the inner network namespace could not be created"
-        fallback = (
-            "Run on a host that permits network namespaces, "
-            "or request network_mode=isolated to fail instead of degrading"
-        )
-        wanted = "Request network_mode=auto or network_mode=isolated to enforce egress policy"
-        return self.finding(
+        why = {} if asked else wording.fallback_facts(probe, errno)
+        self._emit(event, {**modes, "egress_enforcement": egress, **why})
+        text, desc, remedy = wording.degraded_finding(effective, asked)
+        finding = self.finding(
             "egress-enforcement-unavailable",
             "Egress Enforcement Unavailable",
-            f"Egress policy is observation-only because {why}",
+            text,
             severity=Severity.MEDIUM if asked else Severity.HIGH,
             alert=not asked,
             confidence="High",
             action="Observed",
-            evidence=evidence,
-            remediation=wanted if asked else fallback,
-            desc="The sandbox shares the host-side network namespace; egress decisions are logged but not enforced.",
+            evidence=modes | ({"errno": errno} if errno else {}),
+            remediation=remedy,
+            desc=desc,
         )
+        return event, finding
 
     def _config(self, state: str, message: str, enabled: bool | None, severity: Severity, ok: bool | None) -> Event:
         event = self._envelope.event(ocsf.CONFIG, "Log", severity, message)
@@ -396,19 +375,15 @@ class Telemetry:
         would_deny = action == "Observed" and reason is not None
         if severity is None:
             severity = Severity.MEDIUM if would_deny or action == "Denied" else Severity.INFORMATIONAL
-        event = self._envelope.event(kind, activity, severity, _without_query(message))
+        event = self._envelope.event(kind, activity, severity, wording.without_query(message))
         event["proxy_endpoint"] = self._envelope.proxy_endpoint
         ocsf.set_status(event, ok)
         _set_control(event, action, disposition)
         if would_deny:
             event["status_code"] = WOULD_DENY
         if reason is not None:
-            event["status_detail"] = ocsf.clean(_without_query(reason))
-        for name, end in (("src_endpoint", src), ("dst_endpoint", dst)):
-            if end is not None and (made := ocsf.endpoint(end)):
-                event[name] = made
-        if actor is not None:
-            event["actor"] = {"process": ocsf.process(actor)}
+            event["status_detail"] = ocsf.clean(wording.without_query(reason))
+        _set_parties(event, src, dst, actor)
         if policy is not None or engine is not None:
             event["firewall_rule"] = {"name": ocsf.clean(policy or "-"), "type": ocsf.clean(engine or "-")}
         if protocol is not None:
@@ -434,30 +409,19 @@ def _set_control(event: Event, action: str | None, disposition: str | None) -> N
         ocsf.labelled(event, "disposition", disposition, ocsf.DISPOSITION_IDS)
 
 
-def _with_fields(message: str, fields: Mapping[str, object]) -> str:
-    """`message [key:value …]`; None is left out, `error` comes last."""
-    ordered = sorted(fields.items(), key=lambda item: item[0] == "error")
-    shown = [f"{key}:{_field(value)}" for key, value in ordered if value is not None]
-    return f"{message} [{' '.join(shown)}]" if shown else message
+def _set_parties(event: Event, src: Endpoint | None, dst: Endpoint | None, actor: Process | None) -> None:
+    for name, end in (("src_endpoint", src), ("dst_endpoint", dst)):
+        if end is not None and (made := ocsf.endpoint(end)):
+            event[name] = made
+    if actor is not None:
+        event["actor"] = {"process": ocsf.process(actor)}
 
 
-def _field(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value)
-
-
-def _without_query(text: str) -> str:
-    return _QUERY.sub("?[redacted]", text) if "?" in text else text
+def _set_at_risk(event: Event) -> None:
+    ocsf.labelled(event, "security_level", "At Risk", ocsf.SECURITY_LEVEL_IDS)
+    ocsf.labelled(event, "prev_security_level", "Unknown", ocsf.SECURITY_LEVEL_IDS)
+    event["security_states"] = [{"state_id": 4, "state": "Protection off"}]
 
 
 def _without_arguments(process: Process) -> Process:
     return Process(process.name, process.pid, ancestors=process.ancestors)
-
-
-def _bypass_hint(protocol: str, port: int) -> str:
-    if protocol == "udp" and port == 53:
-        return "names are resolved by the sandbox proxy; check this program's resolver configuration"
-    if protocol == "udp":
-        return "UDP does not leave the sandbox; use TCP through the sandbox proxy"
-    return "make this program use HTTP_PROXY and HTTPS_PROXY (Node.js: set NODE_USE_ENV_PROXY=1)"

@@ -18,9 +18,9 @@ from openshell_supervisor.telemetry.levels import Level, parse_level, timestamp
 from openshell_supervisor.telemetry.line_writer import STDERR, LineWriter
 from openshell_supervisor.telemetry.ocsf import clean
 from openshell_supervisor.telemetry.shorthand import one_line
+from openshell_supervisor.telemetry.wording import without_query
 
 TARGET = "openshell_supervisor"
-_QUERY = re.compile(r"\?[^\s\]]+")
 _BARE = re.compile(r"[^\s\"=\\]+")
 _LABELS = {"exception": "ERROR", "critical": "ERROR", "error": "ERROR", "warning": "WARN", "warn": "WARN"}
 _STDLIB_LABELS = ((logging.ERROR, "ERROR"), (logging.WARNING, "WARN"), (logging.INFO, "INFO"))
@@ -53,7 +53,7 @@ def plain_line(level: str, target: str, message: str, fields: Mapping[str, objec
     """One log line without newline; a value with blanks, quotes or `=` is written as a JSON string. What looks like a
     query string is cut: error texts quote URLs, and URLs hold tokens."""
     shown = "".join(f" {key}={_value(value)}" for key, value in fields.items())
-    text = _QUERY.sub("?[redacted]", f"{target}: {message}{shown}")
+    text = without_query(f"{target}: {message}{shown}")
     return one_line(clean(f"{timestamp()} {level} {text}"))
 
 

@@ -1,0 +1,292 @@
+"""The front door: accept, read one head strictly and in time, and send each connection where its verdict says.
+
+A CONNECT that no rule looks into becomes a splice tunnel; one that a rule looks into, and plain HTTP, become HTTP sessions;
+all else is refused in JSON. mitmproxy is imported by `warm`, not by this module: until then the proxy already listens, answers
+the probe and tunnels. Nothing here decides; the gate does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openshell_supervisor.proxy import denials, local, sockets
+from openshell_supervisor.proxy.authority import CertificateAuthority
+from openshell_supervisor.proxy.connect import ConnectHandler
+from openshell_supervisor.proxy.denials import Denial, failure
+from openshell_supervisor.proxy.destinations import Destinations
+from openshell_supervisor.proxy.gate import Gate, Origin
+from openshell_supervisor.proxy.head import (
+    MAX_FIRST_HEAD,
+    HeadError,
+    RequestHead,
+    parse_request_head,
+    split_absolute,
+    split_authority,
+)
+from openshell_supervisor.proxy.local import LocalHost, plain_answer
+from openshell_supervisor.proxy.tls import TlsSuite
+from openshell_supervisor.telemetry.events import Endpoint, Severity, Telemetry
+from openshell_supervisor.verdict.decide import Generation
+from openshell_supervisor.verdict.facts import TargetError, canonical_host
+
+if TYPE_CHECKING:
+    from openshell_supervisor.proxy.http_session import HttpSession
+
+# The first head, from accept to blank line. curl and browsers send it at once.
+FIRST_HEAD_TIMEOUT = 30.0
+# How long an answer of ours may take to leave.
+ANSWER_TIMEOUT = 10.0
+# Client connections at a time. Each costs up to four descriptors (two sockets, a pipe pair per direction), and 1024 is the usual
+# soft limit on descriptors; beyond it clients wait in the backlog of the kernel.
+MAX_CONNECTIONS = 512
+# Accept errors (proxy.md 1.1): resources exhausted back off exponentially, a client that vanished costs one pause.
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_FATAL = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
+ACCEPT_PAUSE = 0.1
+ACCEPT_PAUSE_MAX = 5.0
+MAX_UNKNOWN_ACCEPT_ERRORS = 5
+# Key logging would write every session's secrets where the variable says; mitmproxy switches it on at import.
+_KEY_LOG_VARIABLES = ("SSLKEYLOGFILE", "MITMPROXY_SSLKEYLOGFILE")
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyOptions:
+    """`egress` is "enforce" or "observe"; `pins` maps a host to the addresses the operator gave it; `upstream_ca` adds roots."""
+
+    egress: str = "enforce"
+    pins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    upstream_ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.egress not in ("enforce", "observe"):
+            raise ValueError(f"egress is {self.egress!r}, not enforce or observe")
+
+
+class Proxy:
+    """One proxy on one listening socket."""
+
+    def __init__(
+        self,
+        options: ProxyOptions,
+        *,
+        generation: Callable[[], Generation],
+        telemetry: Telemetry,
+        authority: CertificateAuthority,
+    ) -> None:
+        self._telemetry = telemetry
+        self._gate = Gate(generation=generation, telemetry=telemetry, observe=options.egress == "observe")
+        self._destinations = Destinations(options.pins)
+        self._local = LocalHost()
+        self._connect = ConnectHandler(
+            self._gate, self._destinations, TlsSuite(authority, options.upstream_ca), self._local, self._sessions
+        )
+        self._live: dict[asyncio.Task[None], int] = {}
+        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._accepting: asyncio.Task[None] | None = None
+        self._draining = False
+        self._warming: asyncio.Future[None] | None = None
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Accept on a bound, listening socket until cancelled or drained; the caller closes the socket.
+
+        Returns after `drain`; raises `OSError` when the socket is not usable.
+        """
+        listener.setblocking(False)
+        self._announce(listener)
+        self._accepting = asyncio.current_task()
+        try:
+            await self._accept_loop(listener)
+        except asyncio.CancelledError:
+            if not self._draining:
+                raise
+        finally:
+            self._accepting = None
+
+    async def drain(self, grace: float) -> None:
+        """Stop accepting, let live connections finish for up to `grace` seconds, then cut what is left."""
+        self._draining = True
+        if self._accepting is not None:
+            self._accepting.cancel()
+        if self._live and grace > 0:
+            await asyncio.wait(list(self._live), timeout=grace)
+        for task in list(self._live):
+            task.cancel()
+        if self._live:
+            await asyncio.wait(list(self._live), timeout=ANSWER_TIMEOUT)
+        self._destinations.close()
+
+    def cut_stale(self) -> int:
+        """End every connection that was opened under an older policy generation; returns how many."""
+        current = self._gate.generation().number
+        stale = [task for task, number in self._live.items() if number < current]
+        for task in stale:
+            task.cancel("policy generation changed")
+        return len(stale)
+
+    async def warm(self) -> None:
+        """Import mitmproxy and make the upstream trust store, beside the loop. Idempotent; sessions wait for it by themselves."""
+        if self._warming is None:
+            for name in _KEY_LOG_VARIABLES:
+                os.environ.pop(name, None)
+            self._warming = asyncio.ensure_future(asyncio.to_thread(_import_session))
+        await asyncio.shield(self._warming)
+
+    def answer_probe(self, nonce: str) -> None:
+        """From now on `GET http://policy.local/v1/probe/<nonce>` is answered 200 with the nonce as body."""
+        self._local.answer_probe(nonce)
+
+    async def _sessions(self) -> type[HttpSession]:
+        await self.warm()
+        from openshell_supervisor.proxy.http_session import HttpSession
+
+        return HttpSession
+
+    # -- accepting -------------------------------------------------------------------------------------------------
+
+    async def _accept_loop(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        pause, unknown = ACCEPT_PAUSE, 0
+        while True:
+            await self._slots.acquire()
+            try:
+                client, peer = await loop.sock_accept(listener)
+            except BaseException as error:
+                self._slots.release()
+                if not isinstance(error, OSError):
+                    raise
+                unknown = 0 if error.errno in _EXHAUSTED or error.errno == errno.ECONNABORTED else unknown + 1
+                terminal = error.errno in _FATAL or unknown >= MAX_UNKNOWN_ACCEPT_ERRORS
+                self._accept_failed(error, terminal)
+                if terminal:
+                    raise
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, ACCEPT_PAUSE_MAX) if error.errno in _EXHAUSTED else ACCEPT_PAUSE
+                continue
+            pause, unknown = ACCEPT_PAUSE, 0
+            task = loop.create_task(self._serve_client(client, peer))
+            self._live[task] = self._gate.generation().number
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._live.pop(task, None)
+        self._slots.release()
+
+    async def _serve_client(self, client: socket.socket, peer: object) -> None:
+        source = (
+            Endpoint(ip=str(peer[0]), port=int(peer[1])) if isinstance(peer, tuple) and len(peer) >= 2 else Endpoint()
+        )
+        try:
+            with contextlib.suppress(OSError):  # a Unix socket has no Nagle
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._first_request(client, source)
+        except (ConnectionError, TimeoutError):
+            return  # the client went away, or never took its answer
+        except OSError as error:
+            self._telemetry.network(
+                "Fail",
+                f"Proxy connection error: {errno.errorcode.get(error.errno or 0, 'OSError')}",
+                severity=Severity.LOW,
+                ok=False,
+            )
+        except Exception as error:  # noqa: BLE001 - one connection's boundary: its failure is an event, not the proxy's end
+            self._telemetry.network(
+                "Fail", f"Proxy connection error: {type(error).__name__}", severity=Severity.LOW, ok=False, src=source
+            )
+        finally:
+            client.close()
+
+    # -- the first request -----------------------------------------------------------------------------------------
+
+    async def _first_request(self, client: socket.socket, source: Endpoint) -> None:
+        nowhere = Origin(source, "-", 0, "http", forward=True)
+        try:
+            async with asyncio.timeout(FIRST_HEAD_TIMEOUT):
+                raw = await sockets.read_head(client, MAX_FIRST_HEAD)
+        except TimeoutError:
+            await self._refuse(client, nowhere, failure(408, "head_timeout", "the request head did not arrive in time"))
+            return
+        except sockets.HeadTooLarge:
+            text = f"the request head is longer than {MAX_FIRST_HEAD} bytes"
+            await self._refuse(client, nowhere, failure(431, "head_too_large", text))
+            return
+        if not raw:
+            return
+        try:
+            head = parse_request_head(raw)
+            if head.method == "CONNECT":
+                await self._connect_request(client, source, head)
+            else:
+                await self._absolute_request(client, source, head, raw)
+        except (HeadError, TargetError) as error:
+            await self._refuse(client, nowhere, failure(400, "invalid_request", str(error)))
+
+    async def _connect_request(self, client: socket.socket, source: Endpoint, head: RequestHead) -> None:
+        if head.body != 0:
+            raise HeadError("CONNECT does not have a body")
+        name, port = split_authority(head.target, None)
+        origin = Origin(source, canonical_host(name), port, "https", forward=False)
+        await self._connect.serve(client, origin)
+
+    async def _absolute_request(self, client: socket.socket, source: Endpoint, head: RequestHead, raw: bytes) -> None:
+        absolute = split_absolute(head.target)
+        if absolute is None:
+            raise HeadError("a request to a proxy needs an absolute http:// target, or CONNECT")
+        scheme, authority, path = absolute
+        if scheme != "http":
+            text = "Use CONNECT for HTTPS URLs" if scheme == "https" else "unsupported scheme"
+            nowhere = Origin(source, "-", 0, "http", forward=True)
+            await self._refuse(client, nowhere, failure(400, "unsupported_proxy_scheme", text))
+            return
+        name, port = split_authority(authority, 80)
+        host = canonical_host(name)
+        if host == local.HOST and port == local.PORT:
+            answer = self._local.respond(head.method, path)
+            await sockets.send(
+                client, plain_answer(answer) if isinstance(answer, bytes) else answer.head_and_body(), ANSWER_TIMEOUT
+            )
+            return
+        await self._connect.serve_plain(client, Origin(source, host, port, "http", forward=True), raw)
+
+    async def _refuse(self, client: socket.socket, origin: Origin, denial: Denial) -> None:
+        self._gate.request_rejected(origin, "-", "/", str(denial.body["detail"]))
+        await sockets.answer_and_linger(client, denial.head_and_body(), ANSWER_TIMEOUT)
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def _announce(self, listener: socket.socket) -> None:
+        name = listener.getsockname()
+        if isinstance(name, tuple):
+            self._telemetry.network(
+                "Listen",
+                f"Proxy listening on {name[0]}:{name[1]}",
+                ok=True,
+                dst=Endpoint(ip=str(name[0]), port=int(name[1])),
+            )
+
+    def _accept_failed(self, error: OSError, terminal: bool) -> None:
+        pressed = error.errno in _EXHAUSTED
+        severity = Severity.HIGH if terminal else Severity.MEDIUM if pressed else Severity.LOW
+        kind = "terminal" if terminal else "resource pressure" if pressed else "transient"
+        name = errno.errorcode.get(error.errno or 0, "unknown")
+        self._telemetry.network("Fail", f"Proxy accept error ({kind}): {name}", severity=severity, ok=False)
+
+
+def _import_session() -> None:
+    """Runs in a thread: a second of imports that must not hold up the loop."""
+    import logging
+
+    logging.getLogger("mitmproxy").setLevel(logging.WARNING)
+    import openshell_supervisor.proxy.http_session  # noqa: F401
+
+
+__all__ = ["CertificateAuthority", "Proxy", "ProxyOptions", "denials"]

@@ -1,0 +1,290 @@
+"""The question and the answer: facts to `decide`, the verdict to an order that a wire can carry out, one event for each.
+
+Everything that leaves passes here exactly once per decision, in the clear or in a tunnel, HTTP/1 or HTTP/2. The gate holds no
+socket and parses no bytes. In observe mode it asks the same question, writes down the same verdict as "would deny", and lets
+pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from openshell_supervisor.proxy import denials
+from openshell_supervisor.proxy.denials import Denial
+from openshell_supervisor.telemetry.events import Endpoint, Severity, Telemetry
+from openshell_supervisor.verdict.decide import Generation, decide
+from openshell_supervisor.verdict.facts import Facts, Request, TargetError, Verdict, canonical_target, parse_query
+
+# Remembered rulings of the current generation; one is a few hundred bytes. A workload that asks for more distinct targets
+# only loses the shortcut. Longer targets are not remembered at all.
+MAX_RULINGS = 2048
+MAX_REMEMBERED_TARGET = 512
+# Denials that `enforcement: audit` lets through (policy.md 4); everything else is refused in audit as well.
+_SOFT = frozenset({"rule_not_matched", "deny_rule"})
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who asks and for whom: the workload's end of the connection, the decided destination, and how it came to us."""
+
+    source: Endpoint
+    host: str
+    port: int
+    scheme: str
+    forward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What to do with a request (refuse it with `denial`, or send `target`: canonical path, query untouched) and its event."""
+
+    denial: Denial | None
+    target: str
+    path: str
+    message: str
+    action: str
+    policy: str
+    engine: str
+    reason: str | None
+
+
+class Gate:
+    """Asks the current generation. `generation` gives it, anew at every question."""
+
+    def __init__(self, *, generation: Callable[[], Generation], telemetry: Telemetry, observe: bool) -> None:
+        self.generation = generation
+        self.observe = observe
+        self._telemetry = telemetry
+        self._rulings: dict[tuple[str, int, bool, str, str], Ruling] = {}
+        self._rulings_of = -1
+
+    # -- connections (L4) ------------------------------------------------------------------------------------------
+
+    def connection(self, host: str, port: int) -> Verdict:
+        """May this host and port be reached at all? No event yet: what becomes of it is not known."""
+        return decide(Facts(host=host, port=port), self.generation())
+
+    def connect_allowed(self, origin: Origin, verdict: Verdict, *, inspected: bool) -> None:
+        """Say that a tunnel was opened."""
+        word = "CONNECT_L7" if inspected else "CONNECT"
+        self._telemetry.network(
+            "Open",
+            f"{word} allowed {origin.host}:{origin.port}",
+            ok=True,
+            action="Allowed",
+            src=origin.source,
+            dst=Endpoint(host=origin.host, port=origin.port),
+            policy=verdict.policy or "-",
+            engine="opa",
+        )
+
+    def connect_denied(self, origin: Origin, verdict: Verdict) -> None:
+        """Say that a tunnel was refused by policy, or would have been."""
+        self._telemetry.network(
+            "Open",
+            f"CONNECT {self._refused('denied')} {origin.host}:{origin.port}",
+            ok=self.observe,
+            action=self._action,
+            severity=Severity.MEDIUM,
+            src=origin.source,
+            dst=Endpoint(host=origin.host, port=origin.port),
+            policy="-",
+            engine="opa",
+            reason=verdict.reason,
+        )
+
+    def address_denied(self, origin: Origin, method: str, kind: str, reason: str, verdict: Verdict) -> None:
+        """Say that the name was allowed and its address was not, or would not have been."""
+        place = f"{origin.host}:{origin.port}"
+        text = f"internal address {place}" if kind == "internal address" else f"{kind} for {place}"
+        self._telemetry.network(
+            "Open",
+            f"{'FORWARD' if origin.forward else method} {self._refused('blocked')}: {text}",
+            ok=self.observe,
+            action=self._action,
+            severity=Severity.MEDIUM,
+            src=origin.source,
+            dst=Endpoint(host=origin.host, port=origin.port),
+            policy=verdict.policy or "-",
+            engine="ssrf",
+            reason=reason,
+        )
+
+    def tunnel_unsupported(self, origin: Origin, verdict: Verdict, reason: str) -> None:
+        """Say that bytes came through an inspected tunnel that nobody can inspect."""
+        self._telemetry.network(
+            "Open",
+            f"CONNECT_L7 {self._refused('blocked')} unsupported tunnel protocol for {origin.host}:{origin.port}",
+            ok=self.observe,
+            action=self._action,
+            severity=Severity.MEDIUM,
+            src=origin.source,
+            dst=Endpoint(host=origin.host, port=origin.port),
+            policy=verdict.policy or "-",
+            engine="l7",
+            reason=reason,
+        )
+
+    def failed(self, message: str, origin: Origin | None = None) -> None:
+        """Say that something broke that was no decision: an upstream, a handshake, a client."""
+        dst = Endpoint(host=origin.host, port=origin.port) if origin else None
+        self._telemetry.network(
+            "Fail", message, severity=Severity.LOW, ok=False, src=origin.source if origin else None, dst=dst
+        )
+
+    # -- requests (L7) ---------------------------------------------------------------------------------------------
+
+    def request(self, origin: Origin, method: str, target: str, *, upgrade: bool = False) -> Ruling:
+        """Decide one request and write it down. `target` is origin-form, as the client sent it."""
+        generation = self.generation()
+        if generation.number != self._rulings_of or len(self._rulings) >= MAX_RULINGS:
+            self._rulings.clear()
+            self._rulings_of = generation.number
+        key = (origin.host, origin.port, origin.forward, method, target)
+        ruling = self._rulings.get(key)
+        if ruling is None:
+            ruling = self._rule(origin, method, target, generation)
+            if len(target) <= MAX_REMEMBERED_TARGET:
+                self._rulings[key] = ruling
+        self._record(origin, method, ruling, upgrade)
+        return ruling
+
+    def _rule(self, origin: Origin, method: str, target: str, generation: Generation) -> Ruling:
+        host, port = origin.host, origin.port
+        passage = decide(Facts(host=host, port=port), generation)
+        try:
+            path, query = canonical_target(
+                target, allow_encoded_slash=passage.allow_encoded_slash or not passage.inspected
+            )
+            pairs = parse_query(query)
+        except TargetError as error:
+            return self._malformed(origin, target, passage, str(error))
+        if not passage.allow:
+            denial = denials.connection_denied(method, host, port, passage, path)
+            return self._ruling(origin, method, denial, target, passage, "denied", path)
+        if not passage.inspected:
+            # No rule looks at the path, so the origin gets the very bytes that the client sent.
+            return self._ruling(origin, method, None, target, passage, "allowed", path)
+        verdict = decide(Facts(host=host, port=port, request=Request(method, path, pairs)), generation)
+        canonical = f"{path}?{query}" if "?" in target else path
+        if verdict.allow:
+            return self._ruling(origin, method, None, canonical, verdict, "allow", path)
+        if verdict.enforcement == "audit" and verdict.reason_id in _SOFT:
+            return self._ruling(origin, method, None, canonical, verdict, "audit", path)
+        denial = denials.request_denied(method, path, host, port, verdict)
+        return self._ruling(origin, method, denial, canonical, verdict, "deny", path)
+
+    def _malformed(self, origin: Origin, target: str, passage: Verdict, text: str) -> Ruling:
+        hint = "Send the path in its plain form: no dot segments, control bytes or encoded slashes."
+        return Ruling(
+            denial=None if self.observe else denials.failure(400, "invalid_request_target", text, hint),
+            target=target,
+            path="/",
+            message=self._rejected_text(origin),
+            action=self._action,
+            policy=passage.policy or "-",
+            engine="http-parser",
+            reason=text,
+        )
+
+    def _rejected_text(self, origin: Origin) -> str:
+        return f"HTTP request {self._refused('rejected')} before policy evaluation for {origin.host}:{origin.port}"
+
+    def _ruling(
+        self,
+        origin: Origin,
+        method: str,
+        denial: Denial | None,
+        target: str,
+        verdict: Verdict,
+        decision: str,
+        path: str,
+    ) -> Ruling:
+        """`decision` is allow, audit or deny for an L7 verdict, allowed or denied for an L4 one."""
+        refused = denial is not None
+        by_rules = decision in ("allow", "audit", "deny")
+        word = "FORWARD" if origin.forward else "L7_REQUEST"
+        if by_rules and origin.forward:
+            word = "FORWARD_L7"
+        message = (
+            f"{word} {self._refused(decision) if refused else decision} {method} {origin.host}:{origin.port}{path}"
+        )
+        return Ruling(
+            denial=None if self.observe else denial,
+            target=target,
+            path=path,
+            message=f"{message} reason={verdict.reason}" if by_rules else message,
+            action=self._action if refused else "Allowed",
+            policy=verdict.policy or "-",
+            engine="l7" if by_rules else "opa",
+            reason=verdict.reason if refused else None,
+        )
+
+    def _record(self, origin: Origin, method: str, ruling: Ruling, upgrade: bool) -> None:
+        message = ruling.message
+        if upgrade:
+            message = message.replace("L7_REQUEST allow ", "L7_REQUEST allow_upgrade ", 1)
+        self._telemetry.http(
+            method,
+            message,
+            scheme=origin.scheme,
+            host=origin.host,
+            port=origin.port,
+            path=ruling.path,
+            action=ruling.action,
+            src=origin.source,
+            policy=ruling.policy,
+            engine=ruling.engine,
+            reason=ruling.reason,
+        )
+
+    def request_rejected(self, origin: Origin, method: str, path: str, reason: str, policy: str = "") -> None:
+        """Say that a request was malformed and never came to a verdict. `reason` is a fixed text."""
+        self._telemetry.http(
+            method,
+            self._rejected_text(origin),
+            scheme=origin.scheme,
+            host=origin.host,
+            port=origin.port,
+            path=path,
+            action=self._action,
+            severity=Severity.MEDIUM,
+            src=origin.source,
+            policy=policy or "-",
+            engine="http-parser",
+            reason=reason,
+        )
+
+    def authority_mismatch(self, origin: Origin, method: str, path: str) -> None:
+        """Say that a request named another host than its tunnel: denied, and a finding (domain fronting)."""
+        self._telemetry.http(
+            method,
+            f"request authority {self._refused('refused')} for {origin.host}:{origin.port}",
+            scheme=origin.scheme,
+            host=origin.host,
+            port=origin.port,
+            path=path,
+            action=self._action,
+            severity=Severity.HIGH,
+            src=origin.source,
+            policy="-",
+            engine="request-authority",
+            reason="request_authority_mismatch",
+        )
+        self._telemetry.finding(
+            "openshell.http.request_authority_mismatch",
+            "Request authority does not match its tunnel",
+            f"a request in the tunnel to {origin.host}:{origin.port} named another host",
+            severity=Severity.HIGH,
+            alert=True,
+            action=self._action,
+            evidence={"host": origin.host, "disposition": "observed" if self.observe else "denied"},
+        )
+
+    @property
+    def _action(self) -> str:
+        return "Observed" if self.observe else "Denied"
+
+    def _refused(self, word: str) -> str:
+        return f"would be {word}" if self.observe else word

@@ -5,6 +5,8 @@ untouched, and small programs that try things from inside the workload's.
 from __future__ import annotations
 
 import asyncio
+import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -14,6 +16,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -68,10 +71,23 @@ class Recorder:
         raise AssertionError(f"no event with {text!r} among {self.lines}")
 
 
+@functools.cache
+def _schema() -> ModuleType:
+    path = pathlib.Path(__file__).parent.parent / "telemetry" / "schema.py"
+    spec = importlib.util.spec_from_file_location("ocsf_schema_for_boundary", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
-def recorder() -> Recorder:
-    """Everything that was reported in this test."""
-    return Recorder()
+def recorder() -> Iterator[Recorder]:
+    """Everything that was reported in this test; at its end each event must be valid OCSF."""
+    kept = Recorder()
+    yield kept
+    for event in kept.events:
+        _schema().assert_valid(event)
 
 
 @pytest.fixture

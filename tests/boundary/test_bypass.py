@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openshell_supervisor.boundary import bypass, veth
+from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.boundary.bypass import Attempt, BypassMonitor, attempts
 from openshell_supervisor.boundary.netlink import HEADER, attribute
-from openshell_supervisor.boundary.veth import VethBoundary
 from openshell_supervisor.telemetry.events import Telemetry
 
 root = [pytest.mark.root, pytest.mark.usefixtures("outer_namespace")]
@@ -29,7 +29,7 @@ Inside = Callable[..., Any]
 
 
 @asynccontextmanager
-async def watched(telemetry: Telemetry) -> AsyncIterator[VethBoundary]:
+async def watched(telemetry: Telemetry) -> AsyncIterator[Boundary]:
     boundary = await veth.build(f"sandbox-{random.randrange(16**8):08x}", 3128, telemetry)
     assert boundary.watch is not None
     boundary.watch()
@@ -151,7 +151,7 @@ class TestInTheKernel:
         assert caught.value.errno in (1, 16)
 
 
-async def opened(boundary: VethBoundary) -> socket.socket:
+async def opened(boundary: Boundary) -> socket.socket:
     """A log socket of the boundary's namespace, opened on a thread of its own as the rung does it."""
     from openshell_supervisor.boundary import netns, nft
 

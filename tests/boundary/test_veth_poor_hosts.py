@@ -80,6 +80,13 @@ def test_no_program_is_started() -> None:
     assert attempt(lambda argv: argv, "nothing-started")["rung"] == "veth"
 
 
+def test_the_library_is_whole_for_whoever_imports_it_later() -> None:
+    """The rung takes only the codec of pyroute2; imported afterwards, the library is complete and works."""
+    program = ATTEMPT + "import pyroute2; pyroute2.netlink.nlmsg; pyroute2.IPRoute().close()"
+    done = hosts.run([sys.executable, "-c", program])
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("wrap", "arguments", "step", "number"),
     [

@@ -47,8 +47,9 @@ def _package_unexecuted(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
-            del sys.modules[module]
+        for module in list(sys.modules):  # a copy in one step: other threads import meanwhile
+            if module == name or module.startswith(f"{name}."):
+                del sys.modules[module]
 
 
 with _package_unexecuted("pyroute2"):

@@ -16,13 +16,13 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from openshell_supervisor.boundary import bypass, netns, nft, subnets
-from openshell_supervisor.boundary.boundary import Boundary
+from openshell_supervisor.boundary.boundary import LISTEN_BACKLOG, Boundary
 from openshell_supervisor.boundary.netlink import NETLINK_NETFILTER, Netlink, NetlinkError
 from openshell_supervisor.enforcement import errno_name
 from openshell_supervisor.errors import BoundaryError
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 # The whole of it takes 10 to 40 ms; more than this is a kernel that does not answer.
 BUILD_TIMEOUT = 10.0
 RELEASE_TIMEOUT = 5.0
-# Connections that wait while the proxy still imports its engine; the kernel caps it at net.core.somaxconn.
-LISTEN_BACKLOG = 1024
+
 _HINTS = {
     errno.EPERM: "needs CAP_SYS_ADMIN and CAP_NET_ADMIN, and a runtime whose seccomp profile allows unshare and setns",
     errno.ENOSPC: "the limit user.max_net_namespaces is reached",
@@ -84,18 +83,12 @@ class _Built:
         return str(self.subnet[2])
 
 
-@dataclass(slots=True)
-class VethBoundary(Boundary):
-    """The rung, with `watch`: call it once when the look from inside is done; from then on attempts are reported."""
-
-    watch: Callable[[], None] | None = None
-
-
-async def build(label: str, port: int, telemetry: Telemetry | None) -> VethBoundary:
+async def build(label: str, port: int, telemetry: Telemetry | None) -> Boundary:
     """Build the rung: namespace, links, addresses, listener on 10.200.N.1:`port`, fence, bypass monitor.
 
     `label` is the namespace's name in events ("sandbox-1a2b3c4d"). Raises `BoundaryError` naming step, call and errno
-    when any part but the reporting of bypass attempts cannot be had; everything made before is undone then.
+    when any part but the reporting of bypass attempts cannot be had; everything made before is undone then. Attempts
+    are reported from the call of the boundary's `watch` on.
     """
     names = Names.of(label)
     if telemetry is not None:
@@ -116,7 +109,7 @@ async def build(label: str, port: int, telemetry: Telemetry | None) -> VethBound
     return _boundary(built, telemetry)
 
 
-def _boundary(built: _Built, telemetry: Telemetry | None) -> VethBoundary:
+def _boundary(built: _Built, telemetry: Telemetry | None) -> Boundary:
     monitor = None
     if telemetry is not None:
         _report(built, telemetry)
@@ -130,7 +123,7 @@ def _boundary(built: _Built, telemetry: Telemetry | None) -> VethBoundary:
             monitor.stop()
         await _delete_links(built, telemetry)
 
-    return VethBoundary(
+    return Boundary(
         rung="veth",
         label=built.names.label,
         listener=built.listener,

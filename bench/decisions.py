@@ -1,8 +1,8 @@
 """Decisions per second: `verdict.decide` in this process, cached and uncached, at 1 to 1000 policies.
 
 The one suite that imports the product. Every tenth policy is a wildcard, the others are exact hosts, all with a REST
-rule. An uncached decision is one whose path has not been asked before, over hosts all across the policy; a cached one
-repeats.
+rule. An uncached decision is about a name under some wildcard and a path that were never asked before, so that both
+questions, the connection's and the request's, are evaluated at every size; a cached one repeats.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def policy_text(size: int) -> str:
     """A policy with `size` rules, as YAML."""
     rules = []
     for number in range(size):
-        host = f"*.zone{number}.bench.example" if number % WILDCARD_EVERY == 9 else f"host{number}.bench.example"
+        host = f"*.zone{number}.bench.example" if number % WILDCARD_EVERY == 0 else f"host{number}.bench.example"
         rules.append(
             f"  rule{number}:\n    name: rule{number}\n    endpoints:\n"
             f'      - {{host: "{host}", port: 443, protocol: rest, enforcement: enforce,\n'
@@ -40,9 +40,10 @@ def policy_text(size: int) -> str:
     return "version: 1\nnetwork_policies:\n" + "".join(rules)
 
 
-def asked_host(number: int) -> str:
-    """The host that rule `number` allows."""
-    return f"a.zone{number}.bench.example" if number % WILDCARD_EVERY == 9 else f"host{number}.bench.example"
+def asked_host(number: int, size: int) -> str:
+    """A name that was not asked before, under one of the wildcards of a policy with `size` rules."""
+    wildcards = -(-size // WILDCARD_EVERY)
+    return f"n{number}.zone{number % wildcards * WILDCARD_EVERY}.bench.example"
 
 
 class Decider:
@@ -64,8 +65,8 @@ class Decider:
         return self._facts_of(self._asked)
 
     def _facts_of(self, number: int) -> Facts:
-        host = asked_host(number * 7919 % self._size)  # a prime: hosts in no order that a cache would like
         request = self._request(method="GET", path=f"/v1/items/{number}")
+        host = asked_host(number, self._size)
         return self._facts(host=host, port=443, binary="/usr/bin/curl", request=request)
 
     def _ask(self, question: Facts) -> None:

@@ -75,6 +75,14 @@ def test_a_rich_host_builds_it() -> None:
     assert attempt(lambda argv: argv) == {"rung": "veth", "whole_pyroute2": False, "leaked": [], "threads": 1}
 
 
+def test_root_of_a_user_namespace_is_root_enough() -> None:
+    """A user without privileges who is root in a user namespace, as in a rootless container, builds the rung there."""
+    if not hosts.userns_allowed():
+        pytest.skip("needs a kernel that lets a user make a user namespace")
+    found = attempt(lambda argv: hosts.unprivileged(["unshare", "--user", "--map-root-user", "--net", *argv]))
+    assert found == {"rung": "veth", "whole_pyroute2": False, "leaked": [], "threads": 1}
+
+
 def test_no_program_is_started() -> None:
     """No `ip`, no `nft`, no `nsenter`, no fork: under a filter that kills whoever tries, the rung is built."""
     assert attempt(lambda argv: argv, "nothing-started")["rung"] == "veth"

@@ -43,7 +43,7 @@ ANSWER_TIMEOUT = 5.0
 # netlink(7) messages of a dump come in buffers of at most 32 KiB (NLMSG_GOODSIZE, raised by the reader's own buffer).
 RECEIVE_BUFFER = 64 * 1024
 # A dump that changes under our hands is asked for again; a table that never rests is an error, not a hang.
-DUMP_ATTEMPTS = 4
+DUMP_ATTEMPTS = 16
 
 
 class NetlinkError(OSError):

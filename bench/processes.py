@@ -31,14 +31,17 @@ class Child:
         self.log = log
         self.spawned = time.monotonic()
         with log.open("wb") as errors:
-            self.process = subprocess.Popen(
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE if talks else errors,
-                stderr=errors,
-                env={**clean_environment(), **(env or {})},
-                bufsize=0,
-            )
+            try:
+                self.process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE if talks else errors,
+                    stderr=errors,
+                    env={**clean_environment(), **(env or {})},
+                    bufsize=0,
+                )
+            except OSError as error:
+                raise BenchError(f"{argv[0]} cannot be started: {error}") from error
         self._rest = b""
 
     @property

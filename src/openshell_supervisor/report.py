@@ -48,7 +48,7 @@ def announce(statement: Statement, failures: tuple[Failure, ...], telemetry: Tel
             probe=worst.step if worst else None,
         )
     elif statement.egress == "observe":
-        telemetry.degraded("host", effective=statement.effective_mode, egress="observe")
+        telemetry.degraded(statement.requested_mode, effective=statement.effective_mode, egress="observe", asked=True)
     states = " ".join(f"{item.layer.value}:{item.state.value}" for item in statement.layers)
     telemetry.config(
         "stated",

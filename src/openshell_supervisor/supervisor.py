@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import os
 import secrets
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from openshell_supervisor.proxy.authority import CertificateAuthority
 from openshell_supervisor.proxy.frontend import Proxy, ProxyOptions
 from openshell_supervisor.settings import Settings
 from openshell_supervisor.telemetry.events import Context, Process, Severity, Telemetry
+from openshell_supervisor.telemetry.line_writer import STDERR
 from openshell_supervisor.telemetry.plain_log import configure_plain_logging
 from openshell_supervisor.telemetry.sinks import ConsoleSink, JsonlSink
 from openshell_supervisor.verdict.decide import Generation, build_generation
@@ -64,9 +65,13 @@ class Run:
     generation: Generation
     identity: Identity
     directory: Path
-    authority: CertificateAuthority
-    trust: environ.Trust
-    terminal: Terminal | None = None
+    authority: asyncio.Task[CertificateAuthority]
+    terminal: Terminal | None
+    launchers: list[Child]
+
+    def new_launcher(self) -> Child:
+        """A launcher; the first was started early, so that its interpreter's start overlaps with ours."""
+        return self.launchers.pop() if self.launchers else _start_launcher(self.reaper, self.terminal)
 
 
 @dataclass(slots=True)
@@ -129,19 +134,29 @@ async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[R
     if identity.note:
         log.info("workload identity", uid=identity.uid, gid=identity.gid, why=identity.note)
     _check_pid_limit(settings)
-    directory = rundir.create(settings.run_dir, os.environ)
     reaper = Reaper()
     become_subreaper()
     reaper.install()
-    try:
-        authority = await asyncio.to_thread(CertificateAuthority.create)
-        files = authority.write(settings.tls_dir or directory, extra=settings.upstream_ca)
-        telemetry.config("enabled", "TLS termination enabled: ephemeral CA generated")
-        trust = environ.Trust(files.ca, files.bundle)
-        yield Run(settings, telemetry, reaper, build_generation(policy, 1), identity, directory, authority, trust)
-    finally:
-        reaper.uninstall()
-        rundir.remove(directory)
+    with contextlib.ExitStack() as stack:
+        stack.callback(reaper.uninstall)
+        directory = rundir.create(settings.run_dir, os.environ)
+        stack.callback(rundir.remove, directory)
+        terminal = stack.enter_context(Terminal()) if settings.tty or (os.isatty(0) and os.isatty(1)) else None
+        launchers = [_start_launcher(reaper, terminal)]
+        stack.callback(_discard_all, launchers)
+        authority = asyncio.create_task(asyncio.to_thread(CertificateAuthority.create))
+        generation = build_generation(policy, 1)
+        yield Run(settings, telemetry, reaper, generation, identity, directory, authority, terminal, launchers)
+
+
+def _discard_all(launchers: list[Child]) -> None:
+    for child in launchers:
+        child.discard()
+
+
+def _start_launcher(reaper: Reaper, terminal: Terminal | None = None) -> Child:
+    stdio = {0: terminal.slave, 1: terminal.slave, 2: terminal.slave} if terminal is not None else None
+    return Child.start(reaper, Path(launcher.__file__), stdio)
 
 
 def _load_policy(settings: Settings, telemetry: Telemetry) -> SandboxPolicy:
@@ -200,37 +215,31 @@ def _check_pid_limit(settings: Settings) -> None:
 
 async def _live(prepared: Run) -> int:
     """From the boundary to the exit code."""
-    settings, telemetry = prepared.settings, prepared.telemetry
-    with contextlib.ExitStack() as stack:
-        if settings.tty or (os.isatty(0) and os.isatty(1)):
-            prepared.terminal = stack.enter_context(Terminal())
-        ascent = await _climb(prepared)
-        settled = ascent.settled
-        try:
-            statement = _statement(prepared, ascent)
-            report.announce(statement, ascent.failures, telemetry)
-            sys.stderr.write(f"{statement.table()}\n")
-            if settings.status_file is not None:
-                report.write_status(settings.status_file, statement)
-            report.require(statement, settings.require)
-            return await _run_workload(prepared, ascent.boundary, ascent.launcher, settled)
-        finally:
-            ascent.launcher.discard()
-            await _stop_proxy(settled)
-            await ascent.boundary.close()
+    settings = prepared.settings
+    ascent = await _climb(prepared)
+    try:
+        statement = _statement(prepared, ascent)
+        report.announce(statement, ascent.failures, prepared.telemetry)
+        STDERR.write(statement.table())
+        if settings.status_file is not None:
+            report.write_status(settings.status_file, statement)
+        report.require(statement, settings.require)
+        return await _run_workload(prepared, ascent.boundary, ascent.launcher, ascent.settled)
+    finally:
+        ascent.launcher.discard()
+        await _stop_proxy(ascent.settled)
+        await ascent.boundary.close()
 
 
 async def _climb(prepared: Run) -> ladder.Ascent[Child, Settled]:
     settings = prepared.settings
     # An explicit wish to enforce excludes the rung that cannot: auto then refuses instead of observing.
     mode = "isolated" if settings.network_mode == "auto" and settings.egress == "enforce" else settings.network_mode
-    terminal = prepared.terminal
-    stdio = {0: terminal.slave, 1: terminal.slave, 2: terminal.slave} if terminal is not None else None
     return await ladder.climb(
         mode,
         label=f"sandbox-{secrets.token_hex(4)}",
         identity=prepared.identity.as_plan(),
-        new_launcher=lambda: Child.start(prepared.reaper, Path(launcher.__file__), stdio),
+        new_launcher=prepared.new_launcher,
         settle=lambda boundary, child: _settle(prepared, boundary, child),
         telemetry=prepared.telemetry,
     )
@@ -242,7 +251,8 @@ async def _settle(prepared: Run, boundary: Boundary, child: Child) -> Settled:
     egress = "observe" if not boundary.isolated or settings.egress == "observe" else "enforce"
     options = ProxyOptions(egress=egress, pins=settings.resolve, upstream_ca=settings.upstream_ca)
     generation: Callable[[], Generation] = lambda: prepared.generation  # noqa: E731
-    proxy = Proxy(options, generation=generation, telemetry=prepared.telemetry, authority=prepared.authority)
+    authority = await prepared.authority
+    proxy = Proxy(options, generation=generation, telemetry=prepared.telemetry, authority=authority)
     nonce = secrets.token_hex(16)
     proxy.answer_probe(nonce)
     serving = asyncio.create_task(proxy.serve(boundary.listener), name="proxy")
@@ -335,7 +345,7 @@ async def _run_workload(prepared: Run, boundary: Boundary, child: Child, settled
     guard = process.Guard.start(prepared.reaper, child.pid, boundary.netns_inode, prepared.directory)
     on_loss: Callable[[asyncio.Task[None]], None] = lambda task: _proxy_lost(task, workload)  # noqa: E731
     settled.serving.add_done_callback(on_loss)
-    warming = asyncio.create_task(settled.proxy.warm(), name="proxy warm-up")
+    warming = asyncio.create_task(_warm(settled.proxy), name="proxy warm-up")
     described = Process(settings.command[0], child.pid)
     try:
         request = {"op": "exec", "argv": list(settings.command), "env": _environment(prepared, boundary)}
@@ -358,6 +368,14 @@ async def _run_workload(prepared: Run, boundary: Boundary, child: Child, settled
         guard.dismiss()
 
 
+async def _warm(proxy: Proxy) -> None:
+    """Import the proxy's inspection while the workload starts; then let the collector run, past what was imported for good."""
+    await proxy.warm()
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
 def _environment(prepared: Run, boundary: Boundary) -> dict[str, str]:
     identity = prepared.identity
     return environ.workload_environment(
@@ -365,13 +383,21 @@ def _environment(prepared: Run, boundary: Boundary) -> dict[str, str]:
         session=environ.Session(identity.user, identity.home, prepared.terminal is not None),
         user_variables=prepared.settings.user_variables,
         proxy_url=boundary.proxy_url,
-        trust=prepared.trust,
+        trust=_write_trust(prepared),
     )
+
+
+def _write_trust(prepared: Run) -> environ.Trust:
+    """The two PEM files, in the run directory or where the driver wants them (contract 5.2)."""
+    settings = prepared.settings
+    files = prepared.authority.result().write(settings.tls_dir or prepared.directory, extra=settings.upstream_ca)
+    prepared.telemetry.config("enabled", "TLS termination enabled: ephemeral CA generated")
+    return environ.Trust(files.ca, files.bundle)
 
 
 async def _signal_as(prepared: Run, group: int, number: int) -> None:
     """Send a signal through a launcher that took the workload's identity: we lack CAP_KILL over it."""
-    child = Child.start(prepared.reaper, Path(launcher.__file__))
+    child = _start_launcher(prepared.reaper)
     try:
         await child.ask({**_confine_request(prepared), "cwd": None})
         await child.ask({"op": "signal", "group": group, "signal": int(number)})

@@ -157,6 +157,7 @@ def make_user_namespace(identity: Request) -> list[list[object]]:
     # setresuid made the process non-dumpable, which gives its /proc files to root: the maps could not be written (proc(5)).
     prctl("dumpable", PR_SET_DUMPABLE, 1)
     call("unshare(CLONE_NEWUSER|CLONE_NEWNET)", libc.unshare, CLONE_NEWUSER | CLONE_NEWNET)
+    outcome: list[object] = ["userns", None, None]
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         try:
             write_file(f"/proc/self/{name}", text)
@@ -164,8 +165,8 @@ def make_user_namespace(identity: Request) -> list[list[object]]:
             if name != "uid_map" or uid != 0:
                 raise StepError(f"write {name}", error.errno or 0) from None
             unmapped.append(os.geteuid())
-            return [["userns", "write uid_map", error.errno]]
-    return [["userns", None, None]]
+            outcome = ["userns", "write uid_map", error.errno]
+    return [outcome]
 
 
 def write_file(path: str, text: str) -> None:

@@ -146,6 +146,10 @@ def holds(outcome: Outcome) -> None:
     assert json.loads(denied["body"])["reason_id"]
     assert host["status"] != 200 and "403" in f"{host['status']} {host['body']}"
     assert {name: text for name, text in report["direct"].items() if text == "connected"} == {}
+    supervisor = report["supervisor"]
+    assert isinstance(supervisor, dict)
+    assert {name: text for name, text in supervisor.items() if text not in {"EPERM", "EACCES"}} == {}
+    assert report["descriptors"] in ([0, 1, 2, 3], [0, 1, 2]), "a descriptor was inherited (3 is the listing itself)"
 
 
 def test_the_upstream_answers_where_there_is_no_boundary(bench: Bench) -> None:
@@ -186,6 +190,12 @@ def test_more_capabilities_never_mean_less(bench: Bench, caps: tuple[str, ...], 
     assert outcome.rung in rungs, outcome.stderr
     holds(outcome)
     assert outcome.code == 7
+
+
+def test_as_root_the_workload_is_the_image_s_sandbox_user_and_can_not_touch_its_own_trust(bench: Bench) -> None:
+    """Root's supervisor starts the workload as `sandbox`, who may read the certificates but plant nothing beside them."""
+    report = bench.run(DEFAULT, "/e2e/requests.py").report
+    assert (report["uid"], report["trust"]) == (1000, "EACCES")
 
 
 def test_where_namespaces_are_refused_auto_runs_and_says_that_nothing_is_enforced(bench: Bench) -> None:

@@ -3,12 +3,14 @@
 Writes what happened as JSON to standard output and ends with 7, a code that nothing else uses.
 """
 
+import errno
 import json
 import os
 import socket
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 
 TIMEOUT = 5.0
 
@@ -37,9 +39,39 @@ def direct(host: str, port: int, kind: int = socket.SOCK_STREAM) -> str:
     return "connected"
 
 
+def attempt(action: Callable[[], object]) -> str:
+    """The name of the errno that `action` failed with, or "succeeded"."""
+    try:
+        action()
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error))
+    return "succeeded"
+
+
+def enter(path: str) -> None:
+    """setns(2) into the namespace at `path` (os.setns came with Python 3.12)."""
+    with open(path, "rb") as namespace:
+        os.setns(namespace.fileno(), 0)
+
+
+def plant(directory: str) -> None:
+    """Leave a file beside the certificates that this process is told to trust."""
+    with open(os.path.join(directory, "planted"), "wb"):
+        pass
+
+
 def main() -> None:
     """Run all of it."""
     report = {
+        # The supervisor is pid 1; its namespace, memory and environment are the other ways out.
+        "supervisor": {
+            "environment": attempt(lambda: open("/proc/1/environ", "rb").read()),
+            "memory": attempt(lambda: open("/proc/1/mem", "r+b").close()),
+            "descriptors": attempt(lambda: os.listdir("/proc/1/fd")),
+            "network namespace": attempt(lambda: enter("/proc/1/ns/net")),
+        },
+        "trust": attempt(lambda: plant(os.path.dirname(os.environ["SSL_CERT_FILE"]))),
+        "descriptors": sorted(int(name) for name in os.listdir("/proc/self/fd")),
         "uid": os.getuid(),
         "netns": os.stat("/proc/self/ns/net").st_ino,
         "allowed": fetch("https://upstream.test:8443/public/a?token=secret"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from bench.measure import Sample, interleave, median, ratio, spread
+from bench.measure import BenchError, Sample, interleave, median, ratio, spread
 from bench.plan import Plan
 from bench.rows import Row, Target
 
@@ -71,7 +71,8 @@ class Decider:
 
     def _ask(self, question: Facts) -> None:
         verdict = self._decide(question, self._generation)
-        assert verdict.allow, verdict
+        if not verdict.allow:
+            raise BenchError(f"a decision that must allow was {verdict.reason_id}: {verdict.reason}")
 
     def uncached(self, calls: int) -> Sample:
         """Microseconds of one decision, each asked for the first time."""

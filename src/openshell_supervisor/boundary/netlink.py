@@ -9,6 +9,7 @@ dumps; it does not know what a link, a route or a firewall rule is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -141,7 +142,7 @@ class Netlink:
             if answered == sequence and kind == NLMSG_ERROR:
                 _raise_for(body, flags, message.operation)
                 return
-        raise NetlinkError(74, message.operation, "no acknowledgement")  # EBADMSG: the kernel broke its own protocol
+        raise NetlinkError(errno.EBADMSG, message.operation, "no acknowledgement")
 
     def fetch(self, message: Message) -> bytes:
         """Ask for one object and give its body; raises `NetlinkError` (ENODEV for a link that is not there)."""
@@ -151,7 +152,7 @@ class Netlink:
                 if kind == NLMSG_ERROR:
                     _raise_for(body, flags, message.operation)
                 return body
-        raise NetlinkError(74, message.operation, "no answer")
+        raise NetlinkError(errno.EBADMSG, message.operation, "no answer")
 
     def dump(self, message: Message) -> list[bytes]:
         """Every object that the request matches, as bodies; asked again when the kernel says it changed meanwhile."""
@@ -159,7 +160,7 @@ class Netlink:
             found, torn = self._dump_once(message)
             if not torn:
                 return found
-        raise NetlinkError(4, message.operation, "the table changed during each attempt to read it")  # EINTR
+        raise NetlinkError(errno.EINTR, message.operation, "the table changed during each attempt to read it")
 
     def _dump_once(self, message: Message) -> tuple[list[bytes], bool]:
         sequence = self._send(message, NLM_F_DUMP)
@@ -200,7 +201,9 @@ class Netlink:
             except NetlinkError as error:
                 refused[index] = error
         if not refused and len(answered) != len(steps):
-            raise NetlinkError(74, begin.operation, f"{len(steps) - len(answered)} steps were not acknowledged")
+            raise NetlinkError(
+                errno.EBADMSG, begin.operation, f"{len(steps) - len(answered)} steps were not acknowledged"
+            )
         return refused
 
     def _frame(self, message: Message, flags: int) -> bytes:
@@ -217,7 +220,7 @@ class Netlink:
         try:
             data = self._socket.recv(RECEIVE_BUFFER)
         except TimeoutError as error:
-            raise NetlinkError(110, message.operation, f"no answer within {ANSWER_TIMEOUT:g} s") from error
+            raise NetlinkError(errno.ETIMEDOUT, message.operation, f"no answer within {ANSWER_TIMEOUT:g} s") from error
         return messages(data)
 
     def _drain(self) -> list[tuple[int, int, int, bytes]]:
@@ -236,7 +239,7 @@ class Netlink:
 def _raise_for(body: bytes, flags: int, operation: str) -> None:
     """Raise what a NLMSG_ERROR says; its errno 0 is an acknowledgement (struct nlmsgerr)."""
     if len(body) < 4 + HEADER.size:
-        raise NetlinkError(74, operation, "short acknowledgement")
+        raise NetlinkError(errno.EBADMSG, operation, "short acknowledgement")
     (number,) = struct.unpack_from("=i", body)
     if number == 0:
         return

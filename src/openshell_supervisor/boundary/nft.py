@@ -9,6 +9,7 @@ log.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 import struct
@@ -80,18 +81,7 @@ def ruleset(proxy: ipaddress.IPv4Address, port: int, log_prefix: str) -> tuple[R
     """The rules of the chain in order; a packet that meets none of them is dropped."""
     prefix = log_prefix[:LOG_PREFIX_LIMIT]
     return (
-        Rule(
-            "proxy",
-            (
-                *_family(_NFPROTO_IPV4),
-                _payload(_NETWORK_HEADER, 16, 4),
-                _compare(proxy.packed),
-                *_protocol(socket.IPPROTO_TCP),
-                _payload(_TRANSPORT_HEADER, 2, 2),
-                _compare(struct.pack("!H", port)),
-                _verdict(_NF_ACCEPT),
-            ),
-        ),
+        _to_proxy(proxy, port),
         Rule("loopback", (_meta(_META_OIFNAME), _compare(b"lo".ljust(16, b"\0")), _verdict(_NF_ACCEPT))),
         Rule(
             "established",
@@ -165,12 +155,12 @@ def _verify(netlink: Netlink, rules: tuple[Rule, ...]) -> None:
     for rule, ours, theirs in zip(rules, sent, [*there, *([[]] * len(sent))], strict=False):
         same_names = [name for name, _ in ours] == [name for name, _ in theirs]
         if not same_names or any(not a.items() <= b.items() for (_, a), (_, b) in zip(ours, theirs, strict=True)):
-            raise NetlinkError(74, "NFT_MSG_GETRULE", f"rule {rule.name} is not what was sent")
+            raise NetlinkError(errno.EBADMSG, "NFT_MSG_GETRULE", f"rule {rule.name} is not what was sent")
     if len(there) != len(sent):
-        raise NetlinkError(74, "NFT_MSG_GETRULE", f"{len(there)} rules instead of {len(sent)}")
+        raise NetlinkError(errno.EBADMSG, "NFT_MSG_GETRULE", f"{len(there)} rules instead of {len(sent)}")
     chains = netlink.dump(Message("NFT_MSG_GETCHAIN", _GETCHAIN, _header()))
     if not any(_is_closed_output_chain(dict(attributes(body[4:]))) for body in chains):
-        raise NetlinkError(74, "NFT_MSG_GETCHAIN", "the chain is not hooked or not closed")
+        raise NetlinkError(errno.EBADMSG, "NFT_MSG_GETCHAIN", "the chain is not hooked or not closed")
 
 
 def _is_closed_output_chain(chain: dict[int, bytes]) -> bool:
@@ -273,6 +263,14 @@ def _log(prefix: str) -> Expression:
 def _verdict(code: int) -> Expression:
     verdict = nested(_DATA_VERDICT, attribute(1, struct.pack("!i", code)))
     return "immediate", attribute(1, _be32(_VERDICT_REGISTER)) + nested(_IMMEDIATE_DATA, verdict)
+
+
+def _to_proxy(proxy: ipaddress.IPv4Address, port: int) -> Rule:
+    """The one way out. Offsets: destination in the IPv4 header (RFC 791), destination port in the TCP header (RFC 9293)."""
+    address = (_payload(_NETWORK_HEADER, 16, 4), _compare(proxy.packed))
+    dport = (_payload(_TRANSPORT_HEADER, 2, 2), _compare(struct.pack("!H", port)))
+    accept = _verdict(_NF_ACCEPT)
+    return Rule("proxy", (*_family(_NFPROTO_IPV4), *address, *_protocol(socket.IPPROTO_TCP), *dport, accept))
 
 
 def _reject(protocol: str, version: int) -> Rule:

@@ -65,7 +65,7 @@ def main() -> None:
     report = {
         # The supervisor is pid 1; its namespace, memory and environment are the other ways out.
         "supervisor": {
-            "environment": attempt(lambda: open("/proc/1/environ", "rb").read()),
+            "environment": attempt(lambda: open("/proc/1/environ", "rb").close()),
             "memory": attempt(lambda: open("/proc/1/mem", "r+b").close()),
             "descriptors": attempt(lambda: os.listdir("/proc/1/fd")),
             "network namespace": attempt(lambda: enter("/proc/1/ns/net")),

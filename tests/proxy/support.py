@@ -201,6 +201,8 @@ def echo_head(head: bytes, body: bytes) -> bytes:
 class ProxyUnderTest:
     """A proxy on 127.0.0.1 with its log."""
 
+    expect_crash = False  # a test that breaks the core on purpose says so
+
     def __init__(self, policy: str, **options: Any) -> None:
         self.log = EventLog()
         self.generation = build_generation(parse(policy, "test").policy, 1)
@@ -282,12 +284,17 @@ class ProxyUnderTest:
 
 @contextlib.asynccontextmanager
 async def running(policy: str, **options: Any) -> AsyncIterator[ProxyUnderTest]:
-    """A proxy that serves until the block ends; then every event must be valid OCSF and nothing may have reached the loop's handler."""
+    """A proxy that serves until the block ends; then every event must be valid OCSF, and no error may be left in the loop."""
     import schema
 
     loop = asyncio.get_running_loop()
     under_test = ProxyUnderTest(policy, **options)
     loop.set_exception_handler(lambda _, context: under_test.loop_errors.append(context))
+    crashes: list[Exception] = []
+    await under_test.proxy.warm()
+    from openshell_supervisor.proxy.http_session import HttpSession
+
+    HttpSession.crashed = lambda _, error: crashes.append(error)  # type: ignore[method-assign]
     serving = asyncio.create_task(under_test.proxy.serve(under_test.listener))
     try:
         yield under_test
@@ -299,6 +306,7 @@ async def running(policy: str, **options: Any) -> AsyncIterator[ProxyUnderTest]:
         await asyncio.sleep(0)
         loop.set_exception_handler(None)
     assert not under_test.loop_errors, under_test.loop_errors
+    assert ProxyUnderTest.expect_crash or not [e for e in crashes if not isinstance(e, ZeroDivisionError)], crashes
     for event in under_test.log.events:
         schema.assert_valid(event)
 
@@ -317,4 +325,5 @@ def json_of(answer: bytes) -> dict[str, Any]:
 def policy_for(*endpoints: str) -> str:
     """A policy with one network rule; each endpoint is YAML flow text without its braces."""
     lines = "\n".join(f"      - {{{endpoint}}}" for endpoint in endpoints)
-    return f"version: 1\nnetwork_policies:\n  test:\n    name: test\n    endpoints:\n{lines}\n    binaries:\n      - {{path: '/**'}}\n"
+    head = "version: 1\nnetwork_policies:\n  test:\n    name: test\n    endpoints:\n"
+    return f"{head}{lines}\n    binaries:\n      - {{path: '/**'}}\n"

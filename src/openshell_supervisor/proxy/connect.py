@@ -263,14 +263,14 @@ class ConnectHandler:
         session_type = await self._sessions()
         offers = tuple(offer for offer in tls.INSPECTABLE if offer in hello.protocols)
         session = session_type(origin, self._gate, self._local, self._redial(destination, offers))
-        session.fronted = not _names(hello, origin.host)
+        session.inspection.fronted = not _names(hello, origin.host)
         try:
             wire = await self._upstream_wire(session, sockets.handed_over(upstream), origin, offers)
             protocol = (wire.connection.alpn or b"").decode()
             session.adopt_upstream(wire)
         except _Refused as refusal:
             # The client deserves to read why: finish its handshake and answer each request with the reason.
-            session.fault = refusal.denial
+            session.inspection.fault = refusal.denial
             protocol = offers[-1] if offers else ""
         session.client.alpn = protocol.encode() or None
         try:

@@ -7,6 +7,7 @@ it does not repair (request smuggling lives on repairs). It knows bytes; it know
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # What upstream reads before it gives up (proxy.md 1.3). nginx and Apache allow 8 KiB for one header line.
@@ -26,6 +27,7 @@ _HEAD = re.compile(
 _TOKEN_ONLY = re.compile(_TOKEN)
 # 18 digits stay below 2**63, whatever reads the number next.
 _LENGTH = re.compile(rb"[0-9]{1,18}")
+_SAFE_FIELD = re.compile(_TOKEN + rb"\x00[\t\x20-\x7e\x80-\xff]*+")
 _PROTECTED_OPTIONS = frozenset({b"host", b"content-length", b"transfer-encoding"})
 
 
@@ -130,6 +132,11 @@ def _complaint(raw: bytes) -> str:
     if re.search(rb"\r\n[ \t]", rest) or rest[:1] in (b" ", b"\t"):
         return "a header is folded over two lines"
     return "a header name is not a token, or a value holds a control byte"
+
+
+def safe_fields(fields: Iterable[tuple[bytes, bytes]]) -> bool:
+    """True when no name or value could break out of an HTTP/1 head; HTTP/2 carries any byte."""
+    return all(_SAFE_FIELD.fullmatch(name + b"\x00" + value) for name, value in fields)
 
 
 def split_absolute(target: str) -> tuple[str, str, str] | None:

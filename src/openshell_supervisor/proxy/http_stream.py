@@ -2,12 +2,11 @@
 
 `PolicyStream` replaces mitmproxy's stream. It has no hooks and no addons: the session's answer is a function call inside the
 header state, so there is no moment in which an undecided request could pass, and an exception there is a refusal (trap 1). A
-refusal is sent at once, not after the body (trap 2). Bodies are never kept (trap 6). The verdicts themselves are the session's business.
+refusal is sent at once, not after the body (trap 2). Bodies are never kept (trap 6). The verdicts are not made here.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from typing import TYPE_CHECKING
 
@@ -49,6 +48,7 @@ from openshell_supervisor.proxy.http_wire import (
     Interim,
     StrictRequestHeaders,
 )
+from openshell_supervisor.proxy.inspection import valid_upgrade
 
 if TYPE_CHECKING:
     from mitmproxy.connection import Connection
@@ -59,13 +59,7 @@ if TYPE_CHECKING:
 # Bytes of a refused body that are swallowed so that the client gets to read the answer before a reset would destroy it.
 MAX_DISCARDED = 4 * 1024 * 1024
 
-_SAFE_FIELD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\x00[\t\x20-\x7e\x80-\xff]*")
 _UNREACHABLE_HINT = "The request was allowed; the upstream is at fault or away. Retrying later is fine."
-
-
-def safe_fields(headers: http.Headers) -> bool:
-    """True when no name or value could break out of an HTTP/1 head; HTTP/2 carries any byte."""
-    return all(_SAFE_FIELD.fullmatch(name + b"\x00" + value) for name, value in headers.fields)
 
 
 class PolicyStream(HttpStream):
@@ -95,7 +89,7 @@ class PolicyStream(HttpStream):
         self.flow.request = request
         self.flow.live = True
         head = event.head if isinstance(event, StrictRequestHeaders) else None
-        answer = self.session.ask(request, head)
+        answer = self.session.inspection.ask(request, head)
         if not isinstance(answer, bool):
             yield from self.refuse(answer, event.end_stream)
             return
@@ -182,7 +176,7 @@ class PolicyStream(HttpStream):
         if response.status_code == 101:
             return (
                 ""
-                if self.upgrading and self.session.valid_upgrade(self.flow.request, response)
+                if self.upgrading and valid_upgrade(self.flow.request, response)
                 else ("the upstream switched protocols without being asked to, or wrongly")
             )
         try:

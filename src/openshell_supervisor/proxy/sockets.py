@@ -1,7 +1,7 @@
 """Reading and answering on a raw socket before anybody knows what it carries.
 
-Bytes that are not part of the head stay in the kernel (MSG_PEEK first, then exactly the head), so that whoever takes the socket next,
-a splice relay or a TLS handshake, finds them there.
+Bytes that are not part of the head stay in the kernel (MSG_PEEK first, then exactly the head), so that whoever takes the socket
+next, a splice relay or a TLS handshake, finds them there.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from openshell_supervisor.policy.normalise import normalise
 from openshell_supervisor.verdict.cache import Lru
 from openshell_supervisor.verdict.document import document
 from openshell_supervisor.verdict.engines.embedded import Engine, EngineError, shared_engine
-from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Request, Verdict
+from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Verdict
 from openshell_supervisor.verdict.hints import connection_hint, request_hint
 from openshell_supervisor.verdict.index import CompiledEndpoint, Index, ascii_lower
 from openshell_supervisor.verdict.reasons import allowed_reason, connection_reason, request_reason
@@ -61,7 +61,7 @@ class Generation:
 
         Raises `EngineError` when the engine cannot be had; every decision would then be a denial.
         """
-        self.engine.ask("egress_authorization", document(Facts("warm.invalid", 1), "warm.invalid", [], {}, False))
+        self.engine.ask("egress_authorization", document(Facts("warm.invalid", 1), [], {}, False))
 
 
 def build_generation(policy: SandboxPolicy, number: int, require_binary_identity: bool = False) -> Generation:
@@ -90,7 +90,7 @@ def decide_fully(facts: Facts, generation: Generation) -> Verdict:
     """As `decide`, but over every endpoint of the policy and without memory. For tests and `explain`: it must agree."""
     if _malformed(facts):
         return decide(facts, generation)
-    return _asked(_canonical(facts, generation), generation, list(generation.index.all()))
+    return _asked(_canonical(facts, generation), generation, list(generation.index.all()), whole=True)
 
 
 def _decided(facts: Facts, generation: Generation) -> Verdict:
@@ -103,25 +103,25 @@ def _decided(facts: Facts, generation: Generation) -> Verdict:
     return verdict
 
 
-def _asked(facts: Facts, generation: Generation, candidates: list[CompiledEndpoint]) -> Verdict:
+def _asked(facts: Facts, generation: Generation, candidates: list[CompiledEndpoint], whole: bool = False) -> Verdict:
     """Ask about the connection, and where that is allowed and inspected, about the request."""
     connection = replace(facts, request=None) if facts.request is not None else facts
-    verdict = generation.memory.get(connection) if facts.request is not None else None
+    verdict = generation.memory.get(connection) if facts.request is not None and not whole else None
     try:
         if verdict is None:
             verdict = _connection(connection, generation, candidates)
-            if facts.request is not None and verdict.reason_id != "engine_error":
+            if facts.request is not None and not whole and verdict.reason_id != "engine_error":
                 generation.memory.put(connection, verdict)
         if facts.request is None or not verdict.allow or not verdict.inspected:
             return verdict
-        return _request(facts, facts.request, generation, candidates, verdict)
+        return _request(facts, generation, candidates, verdict, whole)
     except Exception as error:  # noqa: BLE001 - the boundary of the rules: whatever goes wrong inside, the answer is no
         what = str(error) if isinstance(error, EngineError) else type(error).__name__
         return replace(_denied("engine_error", f"policy evaluation error: {what}", generation), hint=ENGINE_HINT)
 
 
 def _connection(facts: Facts, generation: Generation, candidates: list[CompiledEndpoint]) -> Verdict:
-    text = document(facts, facts.host, candidates, generation.index.rules, generation.require_binary_identity)
+    text = document(facts, candidates, generation.index.rules, generation.require_binary_identity)
     answer = generation.engine.ask("egress_authorization", text)
     reason_id = str(answer["reason_id"])
     if answer["action"] != "allow" or reason_id != "allowed":
@@ -144,13 +144,16 @@ def _connection(facts: Facts, generation: Generation, candidates: list[CompiledE
 
 
 def _request(
-    facts: Facts, request: Request, generation: Generation, candidates: list[CompiledEndpoint], connection: Verdict
+    facts: Facts, generation: Generation, candidates: list[CompiledEndpoint], connection: Verdict, whole: bool
 ) -> Verdict:
-    text = document(facts, facts.host, candidates, generation.index.rules, generation.require_binary_identity)
+    request = facts.request
+    assert request is not None
+    rules, identity = generation.index.rules, generation.require_binary_identity
+    text = document(facts, candidates, rules, identity, whole=whole)
     answer = generation.engine.ask("request_authorization", text)
     reason_id = str(answer["reason_id"])
     allow = answer["allow"] is True and reason_id == "allowed"
-    selected = _endpoint_at(connection, answer["selected"])
+    selected = _endpoint_at(connection, answer["selected"][1:])
     by = sorted(answer["allowed_by"] if allow else answer["denied_by"])
     policy, rule = (
         _named(by[0], "rules" if allow else "deny_rules") if by else (selected.policy if selected else "", "")

@@ -7,55 +7,62 @@ goes through `json.dumps`, ASCII only; nothing of the workload's is ever pasted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from openshell_supervisor.policy.globs import HOST, PATH, VALUE, GlobError, glob_match, path_selected
+from openshell_supervisor.policy.globs import HOST, PATH, VALUE, GlobError, glob_match, glob_problem, path_selected
 from openshell_supervisor.verdict.facts import Facts, Request
-from openshell_supervisor.verdict.index import CompiledEndpoint, CompiledRule
+from openshell_supervisor.verdict.index import CompiledEndpoint, CompiledRule, ascii_upper
 
 _Answers = dict[str, bool]
 
 
 def document(
     facts: Facts,
-    host: str,
     candidates: Sequence[CompiledEndpoint],
-    rules: dict[str, CompiledRule],
+    rules: Mapping[str, CompiledRule],
     require_binary_identity: bool,
+    *,
+    whole: bool = False,
 ) -> str:
-    """The input for `facts` on these candidates; with a request in the facts, the one for the question about it."""
+    """The input for `facts` (host in lower case) on these candidates; with a request, the one for the question about it.
+
+    Allow and deny rules that could not fire for this method and path are left out, unless `whole`.
+    """
     request = facts.request
-    globs, invalid = _Globs(), {}
-    globs.match("hosts", (c.host_glob for c in candidates if c.host_glob), HOST, host)
-    keys = dict.fromkeys(c.policy for c in candidates)
+    globs = _Globs()
+    globs.match("hosts", (c.host_glob for c in candidates if c.host_glob), HOST, facts.host)
+    keys = list(dict.fromkeys(c.policy for c in candidates))
     if require_binary_identity:
         patterns = {glob for key in keys for glob in rules[key].binary_globs}
         for caller in (facts.binary, *facts.ancestors):
             globs.match("binaries", patterns, PATH, caller)
-    if request is not None:
-        _request_globs(globs, candidates, request)
-    invalid = globs.invalid
+    endpoints = [_with_request(globs, c, request, whole) if request else f"{{{c.connection_json}}}" for c in candidates]
     parts = [
-        f'"network":{{"host":{json.dumps(host)},"port":{facts.port}}}',
-        f'"exec":{json.dumps(_exec(facts))}',
+        f'"network":{{"host":{json.dumps(facts.host)},"port":{facts.port}}}',
         f'"runtime":{{"require_binary_identity":{"true" if require_binary_identity else "false"}}}',
         f'"policies_exist":{"true" if rules else "false"}',
-        f'"network_policies":{{{",".join(_rules(candidates, rules, keys, request is not None))}}}',
-        f'"globs":{json.dumps(globs.tables | {"queries": globs.queries, "invalid": invalid})}',
+        f'"network_policies":{{{",".join(_policies(candidates, endpoints, rules, require_binary_identity))}}}',
+        f'"globs":{json.dumps(globs.answers(), separators=(",", ":"))}',
     ]
+    if require_binary_identity:
+        parts.append(f'"exec":{json.dumps(_exec(facts))}')
     if request is not None:
         parts.append(f'"request":{json.dumps(_request(request))}')
     return f"{{{','.join(parts)}}}"
 
 
-def _rules(
-    candidates: Sequence[CompiledEndpoint], rules: dict[str, CompiledRule], keys: Iterable[str], with_request: bool
+def _policies(
+    candidates: Sequence[CompiledEndpoint],
+    endpoints: Sequence[str],
+    rules: Mapping[str, CompiledRule],
+    with_binaries: bool,
 ) -> Iterable[str]:
-    by_key: dict[str, list[str]] = {key: [] for key in keys}
-    for candidate in candidates:
-        by_key[candidate.policy].append(candidate.request_json if with_request else candidate.connection_json)
-    for key, endpoints in by_key.items():
-        yield f'{json.dumps(key)}:{{"endpoints":[{",".join(endpoints)}],"binaries":{rules[key].binaries_json}}}'
+    by_key: dict[str, list[str]] = {}
+    for candidate, text in zip(candidates, endpoints, strict=True):
+        by_key.setdefault(candidate.policy, []).append(text)
+    for key, texts in by_key.items():
+        binaries = f',"binaries":{rules[key].binaries_json}' if with_binaries else ""
+        yield f'{json.dumps(key)}:{{"endpoints":[{",".join(texts)}]{binaries}}}'
 
 
 def _exec(facts: Facts) -> dict[str, object]:
@@ -66,19 +73,22 @@ def _request(request: Request) -> dict[str, object]:
     values: dict[str, list[str]] = {}
     for key, value in request.query:
         values.setdefault(key, []).append(value)
-    return {"method": request.method, "path": request.path, "query_params": values}
+    return {"method": ascii_upper(request.method), "path": request.path, "query_params": values}
 
 
-def _request_globs(globs: _Globs, candidates: Sequence[CompiledEndpoint], request: Request) -> None:
-    values = {value for _, value in request.query}
-    for candidate in candidates:
-        selector = candidate.endpoint.path
-        if path_selected(selector, request.path):
-            globs.tables["selectors"][selector] = True
-        globs.match("paths", candidate.path_globs, PATH, request.path)
-        for pattern in candidate.query_globs:
-            if pattern not in globs.queries and pattern not in globs.invalid:
-                globs.match_values(pattern, values)
+def _with_request(globs: _Globs, candidate: CompiledEndpoint, request: Request, whole: bool) -> str:
+    """An endpoint with those of its rules that could fire; the globs they ask for are answered on the way."""
+    if path_selected(candidate.endpoint.path, request.path):
+        globs.tables["selectors"][candidate.endpoint.path] = True
+    globs.match("paths", candidate.path_globs, PATH, request.path)
+    method, paths = ascii_upper(request.method), globs.tables["paths"].keys() | globs.invalid.keys()
+    sections = []
+    for matches in (candidate.rules, candidate.deny_rules):
+        live = [match for match in matches if whole or match.could_fire(method, paths)]
+        for match in live:
+            globs.match_values(match.query_globs, {value for _, value in request.query})
+        sections.append(",".join(match.json for match in live))
+    return f'{{{candidate.request_json},"rules":[{sections[0]}],"deny_rules":[{sections[1]}]}}'
 
 
 class _Globs:
@@ -98,11 +108,22 @@ class _Globs:
             except GlobError:
                 self.invalid[pattern] = True
 
-    def match_values(self, pattern: str, values: Iterable[str]) -> None:
-        answers = self.queries[pattern] = {}
-        for value in values:
-            try:
-                if glob_match(pattern, VALUE, value):
-                    answers[value] = True
-            except GlobError:
+    def match_values(self, patterns: Iterable[str], values: Iterable[str]) -> None:
+        for pattern in patterns:
+            answers = self.queries.setdefault(pattern, {})
+            for value in values:
+                try:
+                    if glob_match(pattern, VALUE, value):
+                        answers[value] = True
+                except GlobError:
+                    self.invalid[pattern] = True
+            if not answers and glob_problem(pattern, VALUE):
                 self.invalid[pattern] = True
+
+    def answers(self) -> dict[str, object]:
+        """The tables that have an entry; the rules take an absent one for empty."""
+        return {
+            name: table
+            for name, table in (*self.tables.items(), ("queries", self.queries), ("invalid", self.invalid))
+            if table
+        }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from openshell_supervisor.policy.globs import path_specificity
@@ -26,6 +26,11 @@ def ascii_lower(text: str) -> str:
     return text.lower() if text.isascii() else "".join(c.lower() if c.isascii() else c for c in text)
 
 
+def ascii_upper(text: str) -> str:
+    """Upper case for a to z only."""
+    return text.upper() if text.isascii() else "".join(c.upper() if c.isascii() else c for c in text)
+
+
 def rule_host(host: str) -> str:
     """A policy's host as it is compared: lower case, an address in its shortest form."""
     try:
@@ -35,8 +40,25 @@ def rule_host(host: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class CompiledMatch:
+    """An allow or deny rule as JSON, with what decides cheaply whether it could fire at all."""
+
+    method: str
+    path: str
+    json: str
+    query_globs: tuple[str, ...]
+
+    def could_fire(self, method: str, paths: Container[str]) -> bool:
+        """False only when the rules would find that method or path do not match. `paths` holds the globs that match the
+        request, and those that are no globs; `method` is in upper case."""
+        if self.path != "**" and self.path not in paths:
+            return False
+        return self.method in ("*", method) or (method == "HEAD" and self.method == "GET")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class CompiledEndpoint:
-    """An endpoint, where it stands, its JSON for each question, and the globs that its rules may ask for."""
+    """An endpoint, where it stands, its JSON for each question (without braces), and the globs that its rules may ask for."""
 
     policy: str
     index: int
@@ -45,7 +67,8 @@ class CompiledEndpoint:
     request_json: str
     host_glob: str
     path_globs: tuple[str, ...]
-    query_globs: tuple[str, ...]
+    rules: tuple[CompiledMatch, ...]
+    deny_rules: tuple[CompiledMatch, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +86,7 @@ class Index:
 
     def __init__(self, policy: SandboxPolicy) -> None:
         self.rules = {key: _compile_rule(policy, key) for key in sorted(policy.network_policies)}
-        self.uses_query = any(e.query_globs for rule in self.rules.values() for e in rule.endpoints)
+        self.uses_query = any(match.query_globs for e in self.all() for match in (*e.rules, *e.deny_rules))
         self.hosts: defaultdict[str, list[CompiledEndpoint]] = defaultdict(list)
         self.relatives: defaultdict[str, list[str]] = defaultdict(list)
         self._order: dict[int, int] = {}
@@ -148,40 +171,46 @@ def _compile_endpoint(key: str, index: int, endpoint: Endpoint) -> CompiledEndpo
         "hostless": not host and bool(endpoint.allowed_ips),
         "advisor_proposed": endpoint.advisor_proposed,
     }
-    request = connection | {
+    request: dict[str, object] = connection | {
         "inspected": endpoint.inspected,
         "built": endpoint.protocol.lower() in BUILT_PROTOCOLS,
         "protocol": endpoint.protocol.lower(),
         "path": endpoint.path,
         "specificity": path_specificity(endpoint.path),
         "allow_encoded_slash": endpoint.allow_encoded_slash,
-        "rules": _matches(endpoint.rules, endpoint),
-        "deny_rules": _matches(endpoint.deny_rules, endpoint),
     }
-    every = (*endpoint.rules, *endpoint.deny_rules)
-    paths = {match.path for match in every} | ({endpoint.path} if endpoint.path else set())
-    values = {glob for match in every for _, matcher in match.query for glob in matcher.globs}
+    rules, deny_rules = _matches(endpoint.rules, endpoint), _matches(endpoint.deny_rules, endpoint)
+    paths = {match.path for match in (*rules, *deny_rules)} | {endpoint.path}
     return CompiledEndpoint(
         policy=key,
         index=index,
         endpoint=endpoint,
-        connection_json=json.dumps(connection),
-        request_json=json.dumps(request),
+        connection_json=_members(connection),
+        request_json=_members(request),
         host_glob=host if "*" in host else "",
         path_globs=tuple(sorted(paths - {"", "**"})),
-        query_globs=tuple(sorted(values)),
+        rules=rules,
+        deny_rules=deny_rules,
     )
 
 
-def _matches(matches: Iterable[L7Match], endpoint: Endpoint) -> list[dict[str, object]]:
+def _members(entries: dict[str, object]) -> str:
+    """JSON of the entries that say something, without braces; the rules take what is absent for false."""
+    return json.dumps({key: value for key, value in entries.items() if value is not False}, separators=(",", ":"))[1:-1]
+
+
+def _matches(matches: Iterable[L7Match], endpoint: Endpoint) -> tuple[CompiledMatch, ...]:
     """Rules as the Rego sees them, without those that can never fire (no method or no path; JSON-RPC methods)."""
     if endpoint.protocol.lower() in ("json-rpc", "mcp"):
-        return []
-    out: list[dict[str, object]] = []
-    for index, match in enumerate(matches):
-        if match.method and match.path:
-            entry: dict[str, object] = {"index": index, "method": match.method, "path": match.path}
-            if match.query:
-                entry["query"] = {key: list(matcher.globs) for key, matcher in match.query}
-            out.append(entry)
-    return out
+        return ()
+    return tuple(_match(index, match) for index, match in enumerate(matches) if match.method and match.path)
+
+
+def _match(index: int, match: L7Match) -> CompiledMatch:
+    entry: dict[str, object] = {"index": index, "method": ascii_upper(match.method), "path": match.path}
+    globs = {key: list(matcher.globs) for key, matcher in match.query}
+    if globs:
+        entry["query"] = globs
+    values = sorted({glob for _, matcher in match.query for glob in matcher.globs})
+    text = json.dumps(entry, separators=(",", ":"))
+    return CompiledMatch(ascii_upper(match.method), match.path, text, tuple(values))

@@ -8,7 +8,7 @@
 #
 # input.network           {"host": lower case, "port": number}
 # input.exec              {"path", "ancestors", "cmdline_paths"}
-# input.request           {"method", "path", "query_params": {name: [values]}}; absent for the question about a connection
+# input.request           {"method" in upper case, "path", "query_params": {name: [values]}}; absent for the question about a connection
 # input.runtime           {"require_binary_identity": bool}
 # input.policies_exist    false when the policy has no rule at all
 # input.network_policies  the rules that the index could not rule out: {key: {"endpoints": [..], "binaries": [..]}} in the shape of
@@ -28,8 +28,17 @@ default allow_network := false
 
 allow_network if {
 	count(host_errors) == 0
-	count(matched) > 0
+	count(live) > 0
 }
+
+# The endpoints that match the connection, of the rules that list the caller.
+live := [{"policy": key, "endpoint": endpoint} |
+	some key
+	rule := input.network_policies[key]
+	binary_allowed(rule)
+	some endpoint in rule.endpoints
+	endpoint_matches(endpoint)
+]
 
 # Rules that have the endpoint, whoever calls.
 endpoint_policies contains key if {
@@ -38,25 +47,14 @@ endpoint_policies contains key if {
 	endpoint_matches(endpoint)
 }
 
-# Rules that have the endpoint and list the caller, each with its matching endpoints.
-matched contains [key, endpoint.index] if {
-	some key, rule in input.network_policies
-	binary_allowed(rule)
-	some endpoint in rule.endpoints
-	endpoint_matches(endpoint)
-}
-
 endpoint_matches(endpoint) if {
-	port_matches(endpoint)
+	input.network.port in endpoint.ports
 	host_matches(endpoint)
 }
 
-port_matches(endpoint) if input.network.port in endpoint.ports
-
 host_matches(endpoint) if {
-	not endpoint.wildcard
-	endpoint.host != ""
 	endpoint.host == input.network.host
+	not endpoint.wildcard
 }
 
 host_matches(endpoint) if {
@@ -64,18 +62,16 @@ host_matches(endpoint) if {
 	input.globs.hosts[endpoint.host]
 }
 
-host_matches(endpoint) if {
-	endpoint.host == ""
-	endpoint.hostless
-}
+host_matches(endpoint) if endpoint.hostless
 
 # A host pattern that is no glob fails every question about its port, as upstream's evaluation does.
 host_errors contains endpoint.host if {
+	input.globs.invalid
 	some _, rule in input.network_policies
 	some endpoint in rule.endpoints
 	endpoint.wildcard
-	port_matches(endpoint)
 	input.globs.invalid[endpoint.host]
+	input.network.port in endpoint.ports
 }
 
 binary_allowed(_) if input.runtime.require_binary_identity == false
@@ -100,18 +96,19 @@ callers contains input.exec.path
 
 callers contains path if some path in input.exec.ancestors
 
-matched_network_policy := min({pair[0] | some pair in matched})
+matched contains [item.policy, item.endpoint.index] if some item in live
 
+matched_network_policy := min({item.policy | some item in live})
+
+# Somebody wrote this very host down, and not the policy advisor: private addresses are then meant.
 default exact_declared_endpoint_host := false
 
 exact_declared_endpoint_host if {
-	some key, rule in input.network_policies
-	declared_binary_allowed(rule)
-	some endpoint in rule.endpoints
-	not endpoint.wildcard
-	not endpoint.advisor_proposed
-	endpoint_matches(endpoint)
-	endpoint.host != ""
+	some item in live
+	item.endpoint.host == input.network.host
+	not item.endpoint.wildcard
+	not item.endpoint.advisor_proposed
+	declared_binary_allowed(input.network_policies[item.policy])
 }
 
 declared_binary_allowed(_) if input.runtime.require_binary_identity == false
@@ -123,21 +120,7 @@ declared_binary_allowed(rule) if {
 	binary_matches(binary.path)
 }
 
-default deny_reason := ""
-
-deny_reason := sprintf("policy evaluation error: invalid glob '%s'", [min(host_errors)]) if {
-	count(host_errors) > 0
-} else := "" if {
-	allow_network
-} else := concat("; ", [missing_binary(key) | some key in sort(endpoint_policies)]) if {
-	count(endpoint_policies) > 0
-} else := sprintf("endpoint %s:%d is not allowed by any policy", [input.network.host, input.network.port]) if {
-	input.policies_exist
-} else := "network connections not allowed by policy"
-
-default deny_reason_id := ""
-
-deny_reason_id := "engine_error" if {
+network_outcome := "engine_error" if {
 	count(host_errors) > 0
 } else := "allowed" if {
 	allow_network
@@ -146,6 +129,16 @@ deny_reason_id := "engine_error" if {
 } else := "endpoint_not_allowed" if {
 	input.policies_exist
 } else := "no_policies"
+
+deny_reason := sprintf("policy evaluation error: invalid glob '%s'", [min(host_errors)]) if {
+	network_outcome == "engine_error"
+} else := concat("; ", [missing_binary(key) | some key in sort(endpoint_policies)]) if {
+	network_outcome == "binary_not_allowed"
+} else := sprintf("endpoint %s:%d is not allowed by any policy", [input.network.host, input.network.port]) if {
+	network_outcome == "endpoint_not_allowed"
+} else := "network connections not allowed by policy" if {
+	network_outcome == "no_policies"
+}
 
 missing_binary(key) := sprintf("binary '%s' not allowed in policy '%s' (ancestors: [%s], cmdline: [%s]). %s", [
 	input.exec.path,
@@ -165,58 +158,45 @@ symlink_hint := concat(" ", [
 	"If the policy names a symlink, run `readlink -f` on it inside the sandbox and list the resolved path.",
 ])
 
-network_action := {true: "allow", false: "deny"}[allow_network]
+default network_action := "deny"
+
+network_action := "allow" if allow_network
 
 egress_authorization := {
 	"action": network_action,
-	"reason_id": deny_reason_id,
+	"reason_id": network_outcome,
+	"errors": host_errors,
 	"matched_policy": object.get({"policy": matched_network_policy | allow_network}, "policy", ""),
 	"matched_endpoints": matched,
 	"endpoint_policies": endpoint_policies,
-	"errors": host_errors,
 	"exact_declared_endpoint_host": exact_declared_endpoint_host,
 }
 
 # ---- the request ---------------------------------------------------------------------------------------------------------
 
-# Connection-level questions come first: a request is only judged where its connection is allowed.
-inspected contains [key, endpoint.index] if {
-	some key, rule in input.network_policies
-	binary_allowed(rule)
-	some endpoint in rule.endpoints
-	endpoint.inspected
-	endpoint_matches(endpoint)
-}
+# Endpoints that want requests to be looked at. Where there is none, an allowed connection carries any request.
+inspected := [item | some item in live; item.endpoint.inspected]
 
-# Which endpoint's parser and enforcement count: the most path-specific one that is selected, the last of equals.
-candidates contains [endpoint.specificity, key, endpoint.index] if {
-	some key, rule in input.network_policies
-	binary_allowed(rule)
-	some endpoint in rule.endpoints
-	endpoint.inspected
-	endpoint_matches(endpoint)
-	input.globs.selectors[endpoint.path]
-}
+# Whose parser and enforcement count: the most path-specific endpoint that is selected, the last of equals.
+candidates := [[item.endpoint.specificity, item.policy, item.endpoint.index] |
+	some item in inspected
+	input.globs.selectors[item.endpoint.path]
+]
 
-selected := [pair[1], pair[2]] if pair := max(candidates)
+selected := max(candidates)
 
-selected_endpoint := endpoint if {
-	some endpoint in input.network_policies[selected[0]].endpoints
-	endpoint.index == selected[1]
+selected_endpoint := item.endpoint if {
+	some item in inspected
+	item.policy == selected[1]
+	item.endpoint.index == selected[2]
 }
 
 # The endpoints whose rules take part: those that match the connection and whose path the request satisfies.
-taking_part contains [key, endpoint] if {
-	some key, rule in input.network_policies
-	binary_allowed(rule)
-	some endpoint in rule.endpoints
-	endpoint_matches(endpoint)
-	endpoint_path_matches(endpoint)
-}
+taking_part := [item | some item in live; endpoint_path_matches(item.endpoint.path)]
 
-endpoint_path_matches(endpoint) if endpoint.path == ""
+endpoint_path_matches("")
 
-endpoint_path_matches(endpoint) if path_matches(endpoint.path)
+endpoint_path_matches(pattern) if path_matches(pattern)
 
 path_matches("**")
 
@@ -224,15 +204,35 @@ path_matches(pattern) if input.globs.paths[pattern]
 
 method_matches("*")
 
-method_matches(method) if upper(method) == upper(input.request.method)
+method_matches(method) if method == input.request.method
 
-method_matches(method) if {
-	upper(method) == "GET"
-	upper(input.request.method) == "HEAD"
+method_matches("GET") if input.request.method == "HEAD"
+
+# A rule of an endpoint whose protocol is not built allows nothing; its deny rules with method and path still deny.
+allowed_by contains [item.policy, item.endpoint.index, rule.index] if {
+	some item in taking_part
+	item.endpoint.built
+	some rule in item.endpoint.rules
+	method_matches(rule.method)
+	path_matches(rule.path)
+	query_allows(rule)
+}
+
+denied_by contains [item.policy, item.endpoint.index, rule.index] if {
+	some item in taking_part
+	some rule in item.endpoint.deny_rules
+	method_matches(rule.method)
+	path_matches(rule.path)
+	query_denies(rule)
 }
 
 # Allow: every configured key has at least one value and each of its values matches.
-query_allows(match) if not query_fails(match)
+query_allows(match) if not match.query
+
+query_allows(match) if {
+	match.query
+	not query_fails(match)
+}
 
 query_fails(match) if {
 	some key, globs in match.query
@@ -247,7 +247,12 @@ query_key_fails(globs, key) if {
 }
 
 # Deny: every configured key has at least one value that matches.
-query_denies(match) if not query_missed(match)
+query_denies(match) if not match.query
+
+query_denies(match) if {
+	match.query
+	not query_missed(match)
+}
 
 query_missed(match) if {
 	some key, globs in match.query
@@ -264,61 +269,33 @@ value_matches(globs, value) if {
 	input.globs.queries[glob][value]
 }
 
-# A rule of an endpoint whose protocol is not built allows nothing; its deny rules with method and path still deny.
-allowed_by contains [key, endpoint.index, rule.index] if {
-	some [key, endpoint] in taking_part
-	endpoint.built
-	some rule in endpoint.rules
-	method_matches(rule.method)
-	path_matches(rule.path)
-	query_allows(rule)
-}
-
-denied_by contains [key, endpoint.index, rule.index] if {
-	some [key, endpoint] in taking_part
-	some rule in endpoint.deny_rules
-	method_matches(rule.method)
-	path_matches(rule.path)
-	query_denies(rule)
-}
-
 # A glob that cannot be evaluated fails the evaluation that reaches it: the request is denied, also under audit.
-request_errors contains pattern if {
-	some [_, endpoint] in taking_part
-	some rule in array.concat(endpoint.rules, endpoint.deny_rules)
-	method_matches(rule.method)
-	pattern := rule.path
-	input.globs.invalid[pattern]
+request_errors contains item.endpoint.path if {
+	input.globs.invalid
+	some item in live
+	input.globs.invalid[item.endpoint.path]
 }
 
-request_errors contains pattern if {
-	some [_, endpoint] in taking_part
-	some rule in array.concat(endpoint.rules, endpoint.deny_rules)
+request_errors contains rule.path if {
+	input.globs.invalid
+	some item in taking_part
+	some rule in array.concat(item.endpoint.rules, item.endpoint.deny_rules)
+	input.globs.invalid[rule.path]
+	method_matches(rule.method)
+}
+
+request_errors contains glob if {
+	input.globs.invalid
+	some item in taking_part
+	some rule in array.concat(item.endpoint.rules, item.endpoint.deny_rules)
+	some _, globs in rule.query
+	some glob in globs
+	input.globs.invalid[glob]
 	method_matches(rule.method)
 	path_matches(rule.path)
-	some _, globs in rule.query
-	some pattern in globs
-	input.globs.invalid[pattern]
 }
 
-request_errors contains endpoint.path if {
-	some key, rule in input.network_policies
-	binary_allowed(rule)
-	some endpoint in rule.endpoints
-	endpoint_matches(endpoint)
-	input.globs.invalid[endpoint.path]
-}
-
-default allow_request := false
-
-allow_request if {
-	allow_network
-	request_outcome == "allowed"
-}
-
-default request_outcome := "engine_error"
-
-request_outcome := deny_reason_id if {
+request_outcome := network_outcome if {
 	not allow_network
 } else := "allowed" if {
 	count(inspected) == 0
@@ -341,7 +318,11 @@ encoded_slash_refused if {
 	not selected_endpoint.allow_encoded_slash
 }
 
-request_line := sprintf("%s %s", [input.request.method, input.request.path])
+default allow_request := false
+
+allow_request if request_outcome == "allowed"
+
+request_line := concat(" ", [input.request.method, input.request.path])
 
 request_deny_reason := deny_reason if {
 	not allow_network
@@ -351,12 +332,12 @@ request_deny_reason := deny_reason if {
 	request_outcome == "protocol_not_built"
 } else := "request-target contains an encoded '/' (%2F) which is not allowed on this endpoint" if {
 	request_outcome == "invalid_request_target"
-} else := sprintf("%s blocked by deny rule", [request_line]) if {
+} else := concat(" ", [request_line, "blocked by deny rule"]) if {
 	request_outcome == "deny_rule"
 } else := "no L7 endpoint path matched request" if {
 	request_outcome == "no_endpoint_path"
 	count(inspected) > 1
-} else := sprintf("%s not permitted by policy", [request_line]) if {
+} else := concat(" ", [request_line, "not permitted by policy"]) if {
 	request_outcome != "allowed"
 }
 
@@ -366,5 +347,5 @@ request_authorization := {
 	"errors": request_errors,
 	"allowed_by": allowed_by,
 	"denied_by": denied_by,
-	"selected": object.get({"pair": selected | true}, "pair", []),
+	"selected": object.get({"triple": selected | count(candidates) > 0}, "triple", []),
 }

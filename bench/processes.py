@@ -81,6 +81,17 @@ class Child:
             raise BenchError(f"the load generator is gone ({error}); {self.last_words()}") from error
         return self.answer(timeout)
 
+    def ended(self, timeout: float) -> float:
+        """Wait for the end; seconds since the spawn. `BenchError` when it takes longer than `timeout`."""
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            raise BenchError(f"still running after {timeout:.0f} s; {self.last_words()}") from None
+        took = time.monotonic() - self.spawned
+        self.stop()
+        return took
+
     def last_words(self) -> str:
         """The end of standard error, in one line, for a message."""
         return " | ".join(self.log.read_text(errors="replace").strip().splitlines()[-3:])[-600:] or "stderr empty"

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from openshell_supervisor import __version__, report, rundir
 from openshell_supervisor.boundary import ladder, probe
 from openshell_supervisor.boundary.boundary import Boundary
@@ -37,7 +35,7 @@ from openshell_supervisor.proxy.frontend import Proxy, ProxyOptions
 from openshell_supervisor.settings import Settings
 from openshell_supervisor.telemetry.events import Context, Process, Severity, Telemetry
 from openshell_supervisor.telemetry.line_writer import STDERR
-from openshell_supervisor.telemetry.plain_log import configure_plain_logging
+from openshell_supervisor.telemetry.plain_log import LateLogger, configure_plain_logging
 from openshell_supervisor.telemetry.sinks import ConsoleSink, JsonlSink
 from openshell_supervisor.verdict.decide import Generation, build_generation
 from openshell_supervisor.workload import environ, process
@@ -52,7 +50,7 @@ POLICY_ON_DISK = (Path("/etc/openshell/policy.yaml"), Path("/etc/navigator/polic
 PROXY_DRAIN_SECONDS = 1.0
 PID_LIMIT_FILE = Path("/sys/fs/cgroup/pids.max")
 
-log = structlog.get_logger("openshell_supervisor.supervisor")
+log = LateLogger("openshell_supervisor.supervisor")
 
 
 @dataclass(slots=True)
@@ -132,7 +130,7 @@ async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[R
     policy = _load_policy(settings, telemetry)
     identity = identities.resolve(_identity_inputs(settings, policy))
     if identity.note:
-        log.info("workload identity", uid=identity.uid, gid=identity.gid, why=identity.note)
+        telemetry.config("validated", f"Workload identity: {identity.note}", uid=identity.uid, gid=identity.gid)
     _check_pid_limit(settings)
     reaper = Reaper()
     become_subreaper()

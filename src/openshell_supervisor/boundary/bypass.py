@@ -217,7 +217,7 @@ class BypassMonitor:
 
     def _report(self, attempt: Attempt, unreported: int) -> None:
         # The socket is gone before its packet can be read here: the kernel tells the user, not the process.
-        self._telemetry.bypass(attempt.destination, attempt.destination_port, attempt.protocol)
+        self._telemetry.bypass(attempt.destination, attempt.destination_port, attempt.protocol, uid=attempt.uid)
         if unreported:
             self._telemetry.network(
                 "Other", f"{unreported} more bypass attempts were refused before this one and not reported one by one"

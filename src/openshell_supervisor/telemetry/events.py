@@ -269,10 +269,12 @@ class Telemetry:
         *,
         host: str | None = None,
         actor: Process | None = None,
+        uid: int | None = None,
     ) -> tuple[Event, Event]:
         """The workload tried to go around the proxy and was rejected by the fence: the refusal and its finding.
 
-        `protocol` is the transport in lower case; `actor` is the process, or None where the kernel does not show it.
+        `protocol` is the transport in lower case; `actor` is the process, or None where the kernel does not show it, and
+        `uid` the user of the socket, which the kernel knows even when the process is gone.
         """
         actor = actor or Process("-", 0)
         head = f"BYPASS_DETECT {ip}:{port} proto={protocol} binary={actor.name}"
@@ -294,7 +296,7 @@ class Telemetry:
             alert=True,
             confidence="High",
             action="Denied",
-            evidence=wording.bypass_evidence(ip, port, protocol, actor),
+            evidence=wording.bypass_evidence(ip, port, protocol, actor) | ({"uid": str(uid)} if uid is not None else {}),
             remediation=hint,
             desc=wording.BYPASS_REASON,
         )

@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from openshell_supervisor import __version__
 from openshell_supervisor.errors import EXIT_USAGE, SettingsError, SupervisorError
@@ -23,8 +24,8 @@ USAGE = f"""openshell-supervisor {__version__}: run a command behind the stronge
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """`run`: live one sandbox's life; the exit code is the workload's."""
+def run(arguments: Sequence[str]) -> NoReturn:
+    """`run`: live one sandbox's life and end the process; the exit code is the workload's."""
     import gc
 
     # Nothing is garbage while everything is being imported; collecting then costs a tenth of the start. The supervisor turns it
@@ -37,7 +38,11 @@ def run(arguments: Sequence[str]) -> int:
 
     from openshell_supervisor import supervisor
 
-    return asyncio.run(supervisor.run(settings))
+    code = asyncio.Runner().run(supervisor.run(settings))
+    # Everything of ours is closed. What may still run is the import of the proxy's inspection, in a thread that cannot be
+    # cancelled: a workload shorter than that import must not wait for it.
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def check(arguments: Sequence[str]) -> int:

@@ -79,7 +79,8 @@ async def climb[L: Launcher, S](
         else:
             return Ascent(boundary, launcher, settled, tuple(failures))
     raise BoundaryError(
-        "Network namespace creation failed and proxy mode requires isolation. " + "; ".join(f.brief() for f in failures),
+        "Network namespace creation failed and proxy mode requires isolation. "
+        + "; ".join(f.brief() for f in failures),
         code="boundary_unavailable",
         step=failures[-1].step,
         hint="allow user namespaces (or CAP_NET_ADMIN and CAP_SYS_ADMIN) in this container, or choose --network-mode auto, "
@@ -87,9 +88,11 @@ async def climb[L: Launcher, S](
     )
 
 
-async def _build(rung: str, label: str, launcher: Launcher, identity: Mapping[str, object], telemetry: Telemetry) -> Boundary:
+async def _build(
+    rung: str, label: str, launcher: Launcher, identity: Mapping[str, object], telemetry: Telemetry
+) -> Boundary:
     if rung == "loopback":
-        return await loopback.build(label, DEFAULT_PROXY_PORT, launcher, identity)
+        return await loopback.build(label, DEFAULT_PROXY_PORT, launcher, identity, telemetry)
     if rung == "observed":
         return await observed.build(label, DEFAULT_PROXY_PORT, launcher)
     from openshell_supervisor.boundary import veth  # its netlink library is imported only where the rung is tried

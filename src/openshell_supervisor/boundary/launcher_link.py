@@ -16,7 +16,9 @@ from openshell_supervisor.errors import BoundaryError, LaunchError
 class Launcher(Protocol):
     """A process that confines itself on request and later becomes the workload."""
 
-    async def ask(self, request: Mapping[str, Any], descriptors: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
+    async def ask(
+        self, request: Mapping[str, Any], descriptors: Sequence[int] = ()
+    ) -> tuple[dict[str, Any], list[int]]:
         """Answer and passed descriptors of one request; raises `LaunchError` naming the step that failed."""
         ...
 
@@ -32,5 +34,9 @@ def entering(rung: str) -> Iterator[None]:
         yield
     except LaunchError as error:
         raise BoundaryError(
-            f"rung {rung}: {error.message}", code="boundary_unavailable", step=error.step, errno=error.errno, hint=error.hint
+            f"rung {rung}: {error.message}",
+            code="boundary_unavailable",
+            step=error.step,
+            errno=error.errno,
+            hint=error.hint,
         ) from error

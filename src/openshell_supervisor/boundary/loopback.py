@@ -13,12 +13,16 @@ from collections.abc import Mapping
 
 from openshell_supervisor.boundary.boundary import LISTEN_BACKLOG, Boundary
 from openshell_supervisor.boundary.launcher_link import Launcher, entering
+from openshell_supervisor.telemetry.events import Telemetry
 
 RUNG = "loopback"
 
 
-async def build(label: str, port: int, launcher: Launcher, identity: Mapping[str, object]) -> Boundary:
+async def build(
+    label: str, port: int, launcher: Launcher, identity: Mapping[str, object], telemetry: Telemetry
+) -> Boundary:
     """Have `launcher` make the namespace; `identity` is the workload's {uid, gid, groups}. Raises `BoundaryError`."""
+    telemetry.config("creating", "Creating network namespace", ns=label, rung=RUNG)
     request = {
         "op": "enter",
         "how": "make",
@@ -30,6 +34,7 @@ async def build(label: str, port: int, launcher: Launcher, identity: Mapping[str
     with entering(RUNG):
         answer, (listening, namespace) = await launcher.ask(request)
     method = answer["attempts"][-1][0]
+    telemetry.config("created", "Network namespace created", ns=label, rung=RUNG, method=method)
     return Boundary(
         RUNG,
         label,

@@ -34,20 +34,14 @@ def load(path: Path) -> LoadedPolicy:
     """Read and parse a policy file. Raises `PolicyError`, also when the file cannot be read or is not a file."""
     source = str(path)
     try:
-        # O_NONBLOCK: a FIFO with no writer must be an error and not a hang.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        data = _read(path)
     except (OSError, ValueError) as error:
         what = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         refuse(
             source, "policy_unreadable", f"the file cannot be read: {what}", hint="check the path and its permissions"
         )
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            refuse(source, "policy_unreadable", "it is not a regular file", hint="name the policy's YAML file")
-        try:
-            data = file.read(MAX_DOCUMENT_BYTES + 1)
-        except OSError as error:
-            refuse(source, "policy_unreadable", f"the file cannot be read: {error.strerror}")
+    if data is None:
+        refuse(source, "policy_unreadable", "it is not a regular file", hint="name the policy's YAML file")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -57,6 +51,21 @@ def load(path: Path) -> LoadedPolicy:
         )
         raise PolicyError((problem,), source=source) from None
     return parse(text, source)
+
+
+def _read(path: Path) -> bytes | None:
+    """The bytes of a regular file, one more than are allowed at most; None for anything that is not a regular file."""
+    # O_NONBLOCK: a FIFO with no writer must be an error and not a hang.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        data = b""
+        while len(data) <= MAX_DOCUMENT_BYTES and (piece := os.read(descriptor, MAX_DOCUMENT_BYTES + 1 - len(data))):
+            data += piece
+        return data
+    finally:
+        os.close(descriptor)
 
 
 def parse(text: str, source: str = "") -> LoadedPolicy:

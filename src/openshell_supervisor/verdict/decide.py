@@ -214,6 +214,8 @@ def _malformed(facts: Facts) -> str:
     if request is not None:
         if len(request.query) > MAX_QUERY:
             return f"more than {MAX_QUERY} query parameters"
+        if any(len(pair) != 2 for pair in request.query):
+            return "the query is not a list of pairs"
         texts += [("method", request.method), ("path", request.path)]
         texts += [("query", text) for pair in request.query for text in pair]
         if not request.method or not request.path.startswith("/"):

@@ -140,15 +140,20 @@ deny_reason := sprintf("policy evaluation error: invalid glob '%s'", [min(host_e
 	network_outcome == "no_policies"
 }
 
-missing_binary(key) := sprintf("binary '%s' not allowed in policy '%s' (ancestors: [%s], cmdline: [%s]). %s", [
+missing_binary(key) := concat("", [
+	"binary '",
 	input.exec.path,
+	"' not allowed in policy '",
 	key,
+	"' (ancestors: [",
 	joined(" -> ", input.exec.ancestors),
+	"], cmdline: [",
 	joined(", ", input.exec.cmdline_paths),
+	"]). ",
 	symlink_hint,
 ])
 
-# rego-cpp's concat of nothing is not the empty string.
+# rego-cpp's concat of nothing is not the empty string; and its sprintf quotes what concat made, hence concat throughout.
 joined(_, list) := "" if count(list) == 0
 
 joined(separator, list) := concat(separator, list) if count(list) > 0

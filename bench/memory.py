@@ -1,4 +1,4 @@
-"""Resident memory of the process that carries the traffic: idle, and after a thousand TLS hosts were terminated.
+"""Resident memory of the process that carries the traffic: idle, after one request, after a thousand TLS hosts.
 
 The workload's own memory does not count. RSS is what `ps` shows; PSS divides shared pages among their users.
 """
@@ -33,15 +33,15 @@ def resident(pid: int) -> dict[str, float]:
 
 
 def _life(contender: Contender, lab: Lab) -> dict[str, float]:
-    """Idle and loaded memory and the time of one new host, of a freshly started contender."""
+    """Memory at three moments and the time of one new host, of a freshly started contender."""
     assert contender.pid is not None
     time.sleep(SETTLE_S)
-    idle = resident(contender.pid)
-    order = {"do": "hosts", "pattern": MANY_HOSTS, "port": lab.ports["https"], "count": lab.tls_hosts}
-    answer = contender.order(order, ANSWER_TIMEOUT_S)
-    loaded = resident(contender.pid)
-    values = {f"idle {name}": value for name, value in idle.items()}
-    values |= {f"loaded {name}": value for name, value in loaded.items()}
+    values = {f"idle {name}": value for name, value in resident(contender.pid).items()}
+    order: dict[str, object] = {"do": "hosts", "pattern": MANY_HOSTS, "port": lab.ports["https"]}
+    contender.order({**order, "count": 1}, ANSWER_TIMEOUT_S)
+    values |= {f"used {name}": value for name, value in resident(contender.pid).items()}
+    answer = contender.order({**order, "count": lab.tls_hosts}, ANSWER_TIMEOUT_S)
+    values |= {f"loaded {name}": value for name, value in resident(contender.pid).items()}
     return values | {"ms": answer["ms"]}
 
 
@@ -69,6 +69,7 @@ def measure(lab: Lab, plan: Plan, starts: dict[str, Callable[[], Contender]]) ->
     return [
         row("memory idle, RSS", "idle RSS", "MiB", judged=True),
         row("memory idle, PSS", "idle PSS", "MiB"),
+        row("memory after one request, RSS", "used RSS", "MiB"),
         row(f"memory {many}, RSS", "loaded RSS", "MiB"),
         row(f"memory {many}, PSS", "loaded PSS", "MiB"),
         row("new TLS host, CONNECT to response", "ms", "ms"),

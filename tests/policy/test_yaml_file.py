@@ -70,7 +70,7 @@ network_policies:
       - host: mcp.example.com
         port: 443
         protocol: mcp
-        mcp: {strict_tool_names: false, max_body_bytes: 1000}
+        mcp: {strict_tool_names: true, max_body_bytes: 1000}
         rules: [{allow: {method: tools/call, tool: "search_*"}}]
         credential_binding: {provider: acme}
     binaries: [{path: "/**"}]
@@ -122,7 +122,7 @@ def test_everything_written_is_in_the_model() -> None:
     assert (content.ports, content.tls_skip, content.inspected) == ((80, 443), True, False)
     hostless, mcp = policy.network_policies["internal"].endpoints
     assert hostless.allowed_ips == ("10.0.0.0/8",)
-    assert mcp.mcp == McpOptions(strict_tool_names=False)
+    assert mcp.mcp == McpOptions(strict_tool_names=True)
     assert mcp.json_rpc_max_body_bytes == 1000
     assert mcp.credential_binding == CredentialBinding("acme")
     assert mcp.rules[0].params == (("name", QueryMatcher(glob="search_*")),)

@@ -87,6 +87,7 @@ def _rule_warnings(rule: NetworkRule, path: str) -> Iterator[Problem]:
 def _endpoint_warnings(e: Endpoint, path: str) -> Iterator[Problem]:
     yield from _word_warnings(e, path)
     yield from _host_warnings(e, path)
+    yield from _ignored_warnings(e, path)
     for index, entry in enumerate(e.allowed_ips):
         yield from _allowed_ip_warnings(entry, f"{path}.allowed_ips[{index}]")
     if e.inspected:
@@ -160,6 +161,24 @@ def _word_warnings(e: Endpoint, path: str) -> Iterator[Problem]:
             f"{path}.access",
             hint=f"did you mean `{guess}`?" if guess else "",
         )
+
+
+def _ignored_warnings(e: Endpoint, path: str) -> Iterator[Problem]:
+    """Keys that another protocol would read."""
+    protocol = e.protocol.lower()
+    graphql = e.persisted_queries or e.graphql_persisted_queries or e.graphql_max_body_bytes
+    if graphql and protocol not in ("graphql", "websocket"):
+        text = "GraphQL-specific endpoint fields are ignored unless protocol is graphql or websocket"
+        yield Problem("ignored_field", text, path, hint="remove them, or set the protocol")
+    if e.json_rpc_max_body_bytes and protocol not in ("json-rpc", "mcp"):
+        text = "JSON-RPC-specific endpoint fields are ignored unless protocol is json-rpc or mcp"
+        yield Problem("ignored_field", text, path, hint="remove them, or set the protocol")
+    if e.request_body_credential_rewrite and protocol != "rest":
+        text = "request_body_credential_rewrite is ignored unless protocol is rest"
+        yield Problem("ignored_field", text, f"{path}.request_body_credential_rewrite", hint="add `protocol: rest`")
+    if e.websocket_credential_rewrite and protocol not in ("rest", "websocket"):
+        text = "websocket_credential_rewrite is ignored unless protocol is rest or websocket"
+        yield Problem("ignored_field", text, f"{path}.websocket_credential_rewrite", hint="add `protocol: websocket`")
 
 
 def _host_warnings(e: Endpoint, path: str) -> Iterator[Problem]:

@@ -35,7 +35,7 @@ def shown(text: str) -> str:
 
 def child(path: str, key: str) -> str:
     """The dotted path of a key below `path`; a key with other characters than a name has is put in brackets."""
-    if key and all(c.isalnum() or c in "_-/" for c in key):
+    if key and len(key) <= MAX_SHOWN and all(c.isalnum() or c in "_-/" for c in key):
         return f"{path}.{key}" if path else key
     return f"{path}[{shown(key)!r}]"
 

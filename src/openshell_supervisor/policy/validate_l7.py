@@ -1,7 +1,7 @@
 """What an endpoint may say about requests: upstream's checks (B) and (C) (policy.md 1.7), on the model.
 
-(B) concerns which keys go together; (C) looks into rules. Texts are upstream's. The rules of protocols that are not built
-yet (graphql, websocket, json-rpc, mcp, sql) are checked for (B) and otherwise only carried.
+(B) concerns which keys go together; (C) looks into rules. Texts are upstream's. What the rules of graphql, websocket, json-rpc
+and mcp may say is in `policy.validate_rpc`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from openshell_supervisor.errors import Problem
 from openshell_supervisor.policy.model import KNOWN_PROTOCOLS, Endpoint, L7Match
 from openshell_supervisor.policy.reading import nearest, shown
+from openshell_supervisor.policy.validate_rpc import rpc_problems
 
 _NO_RULES = 'write `access: read-only`, or `rules: [{allow: {method: GET, path: "/**"}}]`'
 
@@ -203,6 +204,7 @@ def _data_problems(prefix: str, e: Endpoint, path: str) -> Iterator[Problem]:
             f"{prefix}: protocol mcp requires port or ports; protocol alone is not a wildcard endpoint",
             path,
         )
+    yield from rpc_problems(prefix, e, path)
     if protocol in ("json-rpc", "mcp"):
         return
     for index, rule in enumerate(e.rules):

@@ -37,6 +37,7 @@ PODMAN_TIMEOUT = 60.0
 LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096")
 RUN_OPTIONS = ("--cgroups=disabled", *LIMITS, "--network=slirp4netns")
 CA_BUNDLE = pathlib.Path("/etc/ssl/certs/ca-certificates.crt")
+BUILD_MOUNTS = pathlib.Path("/run/build")
 PROGRAMS = ("podman", "crun", "slirp4netns", "newuidmap", "unshare", "nsenter", "setpriv")
 
 
@@ -135,6 +136,8 @@ class RootlessHost:
             return name
         tar = self.cache / f"base-{key}.tar"
         if not tar.exists():
+            for stale in self.cache.glob("base-*.tar*"):  # of a recipe that has changed since
+                stale.unlink()
             subprocess.run([str(recipe), str(tar)], check=True, timeout=DEBOOTSTRAP_TIMEOUT, stdin=subprocess.DEVNULL)
         with tar.open("rb") as stream:
             self.podman("import", "-", name, stdin=stream, check=True)
@@ -152,18 +155,22 @@ class RootlessHost:
         return tag
 
     def _build_mounts(self) -> list[tuple[pathlib.Path, pathlib.Path]]:
-        """What the build needs of this machine to reach its package index: the CA bundle and pip's configuration."""
-        settings = _pip_settings()
-        named = [pathlib.Path(value) for value in settings.values() if value.startswith("/")]
-        mounts = [(path, path) for path in {CA_BUNDLE, *named} if path.exists()]
+        """What the build needs of this machine to reach its package index: the CA bundle and pip's configuration.
+
+        Not at the bundle's own path: a mount there would stop the ca-certificates package from being installed.
+        """
+        settings = {"cert": str(CA_BUNDLE)} if CA_BUNDLE.exists() else {}
+        settings |= _pip_settings()
+        named = {key: pathlib.Path(value) for key, value in settings.items() if value.startswith("/")}
+        inside = {key: BUILD_MOUNTS / key for key, path in named.items() if path.exists()}
         parser = configparser.ConfigParser(interpolation=None)
-        parser["global"] = settings
+        parser["global"] = settings | {key: str(path) for key, path in inside.items()}
         config = self.run_dir / "user" / "pip.conf"  # a tmpfs that only these namespaces see: it may hold a credential
         writer = self.command(["sh", "-c", f"umask 077; cat > {config}"])
         with subprocess.Popen(writer, stdin=subprocess.PIPE, text=True) as process:
             assert process.stdin is not None
             parser.write(process.stdin)
-        return [*mounts, (config, pathlib.Path("/etc/pip.conf"))]
+        return [*((named[key], path) for key, path in inside.items()), (config, pathlib.Path("/etc/pip.conf"))]
 
 
 def _pip_settings() -> dict[str, str]:

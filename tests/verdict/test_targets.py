@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from openshell_supervisor.verdict.facts import TargetError, canonical_host, canonical_target, parse_query
 
 PIECES = (
-    r"/ // a b . .. %2e %2E%2e %2f %2F ; ;x=1 %3b %25 %252e ? & = \ %5c %20 + ~ %7E %c3%a9 # %00 % %zz é http://h"
-).split() + ["\r"]
+    *("/", "//", "a", "b", ".", "..", "%2e", "%2E%2e", "%2f", "%2F", ";", ";x=1", "%3b", "%25", "%252e", "?", "&", "="),
+    *("\\", "%5c", "%20", "+", "~", "%7E", "%c3%a9", "#", "%00", "%", "%zz", "\r", "é", "http://h"),
+)
 pieces = st.sampled_from(PIECES)
 
 

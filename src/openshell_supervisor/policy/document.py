@@ -112,7 +112,7 @@ def compose(text: str, source: str = "") -> Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.context, error.problem) if part)
-        refuse(source, "yaml_syntax", what or "not valid YAML", mark, hint=_syntax_hint(what))
+        refuse(source, "yaml_syntax", what or "not valid YAML", mark, hint=_syntax_hint(what, _character(text, mark)))
     except yaml.YAMLError as error:
         what = " ".join(str(error).split())[:160]
         refuse(source, "yaml_syntax", f"not readable as YAML text: {what}", hint="is this a text file?")
@@ -124,16 +124,29 @@ def refuse(source: str, code: str, message: str, mark: Any = None, *, hint: str 
     raise PolicyError((Problem(code, message, "", line, column, hint),), source=source)
 
 
-def _syntax_hint(what: str) -> str:
-    if "character '\\t'" in what or ("that cannot start any token" in what and "'\\t'" in what):
+def _character(text: str, mark: Any) -> str:
+    """The character that a mark points at, or an empty string."""
+    lines = text.splitlines()
+    line = lines[mark.line] if mark is not None and mark.line < len(lines) else ""
+    return line[mark.column : mark.column + 1] if line else ""
+
+
+def _syntax_hint(what: str, character: str) -> str:
+    if character == "\t":
         return "indent with spaces, not with tabs"
-    if "found undefined alias" in what or "alias" in what:
+    if "alias" in what:
         return 'a value that begins with * is an alias in YAML; put it in quotes, as in host: "*.example.com"'
     if "mapping values are not allowed" in what:
         return "a value with `: ` in it needs quotes, or the indentation of this line is off"
     if "cannot start any token" in what:
         return "values that begin with @, ` or % need quotes"
-    return "check the indentation, and quote values that begin with * & ! @ % { [ or contain `: `"
+    if "block" in what and "did not find expected" in what:
+        return "the indentation of this line fits no line above it"
+    if "flow" in what:
+        return "a bracket or brace is not closed, or a comma is missing"
+    if "quoted scalar" in what:
+        return "a quotation mark is not closed"
+    return "quote values that begin with * & ! @ % { [ or contain `: `"
 
 
 class _Composer:

@@ -292,12 +292,13 @@ def _path_warnings(pattern: str, where: str) -> Iterator[Problem]:
             hint="move it to `query: {key: value}`",
         )
     elif not pattern.startswith(("/", "*", "{", "[", "?", "\\")):
-        yield Problem(
-            "rule_path_relative",
-            f"path '{shown(pattern)}' does not begin with '/' and matches no request",
-            where,
-            hint=f"write `/{shown(pattern)}`",
-        )
+        hint = f"write `/{shown(pattern)}`"
+        if "://" in pattern:
+            hint = "write the path alone; the host belongs to the endpoint"
+        elif pattern.startswith("^"):
+            hint = "paths are globs, not regular expressions: `*` is anything within a segment, `/**` all below"
+        text = f"path '{shown(pattern)}' does not begin with '/' and matches no request"
+        yield Problem("rule_path_relative", text, where, hint=hint)
     yield from _bad_glob(pattern, PATH, where)
 
 

@@ -24,7 +24,7 @@ from openshell_supervisor.policy.model import (
     QueryMatcher,
     SandboxPolicy,
 )
-from openshell_supervisor.policy.reading import Reading, child
+from openshell_supervisor.policy.reading import Reading, child, shown
 
 TOP = ("version", "filesystem_policy", "landlock", "process", "network_policies", "network_middlewares")
 ENDPOINT = (
@@ -94,6 +94,17 @@ _DENY_MOVED = {
     "deny": "entries of `deny_rules` are flat: `- {method: DELETE, path: /**}`",
     "allow": "entries of `deny_rules` are flat and deny: `- {method: DELETE, path: /**}`",
 }
+_PORTS = {
+    "http": 80,
+    "https": 443,
+    "tls": 443,
+    "ssh": 22,
+    "postgres": 5432,
+    "postgresql": 5432,
+    "mysql": 3306,
+    "redis": 6379,
+}
+_ALLOW_FORM = "write `- allow: {method: GET, path: /x}`, one entry for each"
 _EXPECT_RULE = "write the rules of a policy as a mapping: `my-rule: {endpoints: [...]}`"
 
 
@@ -110,7 +121,9 @@ class _PolicyReader:
         got = self.r.fields(root, "", TOP, _TOP_MOVED)
         if isinstance(root, Table) and "version" not in got:
             self.r.problem("missing_field", "", root, "missing field `version`", "write `version: 1` at the top")
-        version = self.r.integer(got["version"], "version", 0, U32, "u32") if "version" in got else 1
+        version = (
+            self.r.integer(got["version"], "version", 0, U32, "u32", "write `version: 1`") if "version" in got else 1
+        )
         got = {key: node for key, node in got.items() if not _null(node)}
         filesystem = self.filesystem(got["filesystem_policy"]) if "filesystem_policy" in got else None
         landlock = self.landlock(got["landlock"]) if "landlock" in got else None
@@ -154,7 +167,11 @@ class _PolicyReader:
 
     def binary(self, node: Node, path: str) -> Binary:
         if isinstance(node, Scalar):
-            self.r.wrong_type(path, node, "a mapping with `path`", f"write `- path: {node.text[:60]}`")
+            name = node.text.rsplit("/", 1)[-1]
+            written = (
+                node.text if node.text.startswith("/") else "/**" if node.text in ("*", "**") else f"/usr/bin/{name}"
+            )
+            self.r.wrong_type(path, node, "a mapping with `path`", f'write `- path: "{shown(written)}"`')
             return Binary("")
         got = self.r.fields(node, path, ("path", "harness"))
         if "harness" in got:  # upstream reads it for old files and ignores it
@@ -205,7 +222,7 @@ class _PolicyReader:
         if "port" in got and isinstance(got["port"], Listing):
             self.r.wrong_type(single, got["port"], "u16", "several ports go into `ports`")
         elif "port" in got:
-            port = self.r.integer(got["port"], single, 0, U16, "u16")
+            port = self.port(got["port"], single)
         hint = "write a list: `ports: [443, 8443]`, or use `port` for one"
         ports = self.r.items(got["ports"], several, self.port, hint) if "ports" in got else ()
         if port and ports and ports != (port,):
@@ -220,9 +237,13 @@ class _PolicyReader:
         return ports or ((port,) if port else ())
 
     def port(self, node: Node, path: str) -> int:
-        return self.r.integer(node, path, 0, U16, "u16")
+        known = _PORTS.get(node.text.lower()) if isinstance(node, Scalar) else None
+        return self.r.integer(node, path, 0, U16, "u16", f"write {known}" if known else "")
 
     def allow(self, node: Node, path: str) -> L7Allow:
+        if not isinstance(node, Table):
+            self.r.wrong_type(path, node, "a mapping with `allow`", _ALLOW_FORM)
+            return L7Allow()
         got = self.r.fields(node, path, ("allow",), _ALLOW_MOVED)
         if isinstance(node, Table) and not node.pairs:
             self.r.problem(
@@ -236,6 +257,10 @@ class _PolicyReader:
     def match(
         self, node: Node, path: str, moved: dict[str, str] | None = None
     ) -> tuple[str, str, str, Matchers, str, str, tuple[str, ...], Matchers]:
+        if not isinstance(node, Table):
+            flat = "write `- {method: DELETE, path: /x}`, one entry for each"
+            self.r.wrong_type(path, node, "a mapping", flat if moved else _ALLOW_FORM)
+            node = Table(node.line, node.column)
         got = self.r.fields(node, path, L7, (moved or {}) | {"methods": 'one rule per method, or `method: "*"`'})
         query = self.matchers(got["query"], child(path, "query")) if "query" in got else ()
         params = self.params(got["params"], child(path, "params")) if "params" in got else ()

@@ -174,7 +174,7 @@ class Reading:
         self.wrong_type(path, node, "a boolean", hint or "write `true` or `false`, without quotes")
         return False
 
-    def integer(self, node: Node, path: str, low: int, high: int, kind: str) -> int:
+    def integer(self, node: Node, path: str, low: int, high: int, kind: str, instead: str = "") -> int:
         """An integer within bounds; `kind` is the type's name in the message ("u16")."""
         value = node.value() if isinstance(node, Scalar) else None
         if isinstance(value, int) and not isinstance(value, bool):
@@ -194,13 +194,15 @@ class Reading:
             if isinstance(value, str) and value.isdigit()
             else f"write a number, {low} to {high}"
         )
-        self.wrong_type(path, node, kind, hint)
+        self.wrong_type(path, node, kind, instead or hint)
         return 0
 
     def items[T](self, node: Node, path: str, read: Callable[[Node, str], T], hint: str = "") -> tuple[T, ...]:
         """A list, each item read by `read(node, path)`."""
         if not isinstance(node, Listing):
-            self.wrong_type(path, node, "a list", hint or "write each entry on its own line, beginning with `- `")
+            empty = isinstance(node, Scalar) and node.value() is None
+            usual = "write `[]` or remove the key" if empty else "write each entry on its own line, beginning with `- `"
+            self.wrong_type(path, node, "a list", usual if empty else hint or usual)
             return ()
         result = []
         for number, item in enumerate(node.items):

@@ -49,21 +49,7 @@ def _shared(e: Endpoint) -> Iterator[Fault]:
             "access",
             "keep one: `access` is a shorthand for rules",
         )
-    if protocol == "mcp" and e.access:
-        yield (
-            "preset_unsupported",
-            "protocol mcp does not support access presets; use rules/deny_rules or set "
-            "mcp.allow_all_known_mcp_methods: true for an allow-all MCP policy",
-            "access",
-            "",
-        )
-    if protocol == "json-rpc" and e.access:
-        yield (
-            "preset_unsupported",
-            'protocol json-rpc does not support access presets; use explicit rules with allow.method such as "*"',
-            "access",
-            "",
-        )
+    yield from _presets(e, protocol)
     if protocol == "json-rpc" and not e.rules and not e.access:
         yield "rules_missing", "protocol json-rpc requires explicit rules with allow.method", "protocol", ""
     if protocol in ("rest", "websocket", "graphql", "sql") and not e.rules and not e.access and not e.deny_rules:
@@ -83,6 +69,24 @@ def _shared(e: Endpoint) -> Iterator[Fault]:
             "each entry needs a method and a path",
         )
     yield from _shared_deny(e, protocol, everything)
+
+
+def _presets(e: Endpoint, protocol: str) -> Iterator[Fault]:
+    if protocol == "mcp" and e.access:
+        yield (
+            "preset_unsupported",
+            "protocol mcp does not support access presets; use rules/deny_rules or set "
+            "mcp.allow_all_known_mcp_methods: true for an allow-all MCP policy",
+            "access",
+            "",
+        )
+    if protocol == "json-rpc" and e.access:
+        yield (
+            "preset_unsupported",
+            'protocol json-rpc does not support access presets; use explicit rules with allow.method such as "*"',
+            "access",
+            "",
+        )
 
 
 def _unknown_protocol(written: str) -> Fault:

@@ -23,9 +23,16 @@ FIELDS = {"Rss": "RSS", "Pss": "PSS"}
 
 
 def resident(pid: int) -> dict[str, float]:
-    """RSS and PSS of one process in MiB, from /proc/PID/smaps_rollup (proc(5))."""
+    """RSS and PSS of one process in MiB, from /proc/PID/smaps_rollup (proc(5)).
+
+    The supervisor hides its memory map from its own user (PR_SET_DUMPABLE): then this needs root, and says so.
+    """
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError as error:
+        raise BenchError(f"the memory of process {pid} cannot be read: {error.strerror}; run as root") from error
     found = {}
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+    for line in text.splitlines():
         name, _, value = line.partition(":")
         if name in FIELDS:
             found[FIELDS[name]] = int(value.split()[0]) / 1024

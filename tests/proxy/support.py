@@ -327,3 +327,10 @@ def policy_for(*endpoints: str) -> str:
     lines = "\n".join(f"      - {{{endpoint}}}" for endpoint in endpoints)
     head = "version: 1\nnetwork_policies:\n  test:\n    name: test\n    endpoints:\n"
     return f"{head}{lines}\n    binaries:\n      - {{path: '/**'}}\n"
+
+
+def gc_objects(kind: type) -> list[Any]:
+    """Every living object of a type."""
+    import gc
+
+    return [item for item in gc.get_objects() if type(item) is kind]

@@ -416,7 +416,9 @@ async def test_15_logs_do_not_quote(caplog: pytest.LogCaptureFixture) -> None:
     upstream = await Upstream(answering(lambda head, body: ok() + b"upstream-secret")).start()
     async with running(policy_for(rest(upstream.port)), pins=PINS) as proxy:
         with caplog.at_level(logging.DEBUG):
-            await proxy.raw(request(upstream.port) + b"GET http://x/ HTTP/1.1\r\nAuthorization: client-secret", wait=0.5)
+            await proxy.raw(
+                request(upstream.port) + b"GET http://x/ HTTP/1.1\r\nAuthorization: client-secret", wait=0.5
+            )
         assert "secret" not in caplog.text and not proxy.log.matching("secret")
     await upstream.stop()
 
@@ -438,7 +440,9 @@ async def test_18_many_upstreams_on_one_connection_are_bounded(monkeypatch: pyte
     hosts = [f"h{number}.test" for number in range(3)]
     policy = policy_for(*(f"host: {host}, port: {upstream.port}" for host in hosts))
     async with running(policy, pins={host: ("127.0.0.1",) for host in hosts}) as proxy:
-        requests = b"".join(b"GET http://%s:%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % (h.encode(), upstream.port) for h in hosts)
+        requests = b"".join(
+            b"GET http://%s:%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % (h.encode(), upstream.port) for h in hosts
+        )
         answer = await proxy.raw(requests)
         assert answer.count(b" 200 OK") == 2 and answer.count(b" 503 ") == 1
     await upstream.stop()
@@ -454,7 +458,9 @@ async def test_23_a_core_crash_ends_the_connection(monkeypatch: pytest.MonkeyPat
 
     async with running(policy_for(rest(upstream.port)), pins=PINS) as proxy:
         monkeypatch.setattr(ProxyUnderTest, "expect_crash", True)
-        monkeypatch.setattr("openshell_supervisor.proxy.http_stream.PolicyStream.state_wait_for_response_headers", crash)
+        monkeypatch.setattr(
+            "openshell_supervisor.proxy.http_stream.PolicyStream.state_wait_for_response_headers", crash
+        )
         answer = await proxy.raw(request(upstream.port), wait=3)
         assert b"<TIMEOUT>" not in answer
         assert proxy.log.matching("internal error")

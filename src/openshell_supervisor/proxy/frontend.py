@@ -154,28 +154,34 @@ class Proxy:
     # -- accepting -------------------------------------------------------------------------------------------------
 
     async def _accept_loop(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         pause, unknown = ACCEPT_PAUSE, 0
         while True:
-            await self._slots.acquire()
             try:
-                client, peer = await loop.sock_accept(listener)
-            except BaseException as error:
-                self._slots.release()
-                if not isinstance(error, OSError):
-                    raise
-                unknown = 0 if error.errno in _EXHAUSTED or error.errno == errno.ECONNABORTED else unknown + 1
+                await self._accept_one(listener)
+            except OSError as error:
+                pressed = error.errno in _EXHAUSTED
+                unknown = 0 if pressed or error.errno == errno.ECONNABORTED else unknown + 1
                 terminal = error.errno in _FATAL or unknown >= MAX_UNKNOWN_ACCEPT_ERRORS
                 self._accept_failed(error, terminal)
                 if terminal:
                     raise
                 await asyncio.sleep(pause)
-                pause = min(pause * 2, ACCEPT_PAUSE_MAX) if error.errno in _EXHAUSTED else ACCEPT_PAUSE
-                continue
-            pause, unknown = ACCEPT_PAUSE, 0
-            task = loop.create_task(self._serve_client(client, peer))
-            self._live[task] = self._gate.generation().number
-            task.add_done_callback(self._forget)
+                pause = min(pause * 2, ACCEPT_PAUSE_MAX) if pressed else ACCEPT_PAUSE
+            else:
+                pause, unknown = ACCEPT_PAUSE, 0
+
+    async def _accept_one(self, listener: socket.socket) -> None:
+        """Wait for a free slot and a client; the client's task gives the slot back."""
+        loop = asyncio.get_running_loop()
+        await self._slots.acquire()
+        try:
+            client, peer = await loop.sock_accept(listener)
+        except BaseException:
+            self._slots.release()
+            raise
+        task = loop.create_task(self._serve_client(client, peer))
+        self._live[task] = self._gate.generation().number
+        task.add_done_callback(self._forget)
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._live.pop(task, None)

@@ -282,6 +282,8 @@ class PolicyLayer(HttpLayer):
 
     def client_is_behind_for(self, connection: Connection) -> bool:
         """True when an HTTP/1 upstream connection should not be read because its HTTP/2 client does not take more."""
+        if connection.alpn == b"h2":
+            return False  # has windows of its own, per stream
         return any(
             stream.context.server is connection and self._client_is_behind(stream_id)
             for stream_id, stream in self.streams.items()

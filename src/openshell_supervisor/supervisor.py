@@ -38,6 +38,7 @@ from openshell_supervisor.telemetry.line_writer import STDERR
 from openshell_supervisor.telemetry.plain_log import LateLogger, configure_plain_logging
 from openshell_supervisor.telemetry.sinks import ConsoleSink, JsonlSink
 from openshell_supervisor.verdict.decide import Generation, build_generation
+from openshell_supervisor.verdict.engines.embedded import EngineError
 from openshell_supervisor.workload import environ, process
 from openshell_supervisor.workload.child import Child
 from openshell_supervisor.workload.reaper import Reaper, become_subreaper
@@ -66,6 +67,7 @@ class Run:
     authority: asyncio.Task[CertificateAuthority]
     terminal: Terminal | None
     launchers: list[Child]
+    guard: process.Guard
 
     def new_launcher(self) -> Child:
         """A launcher; the first was started early, so that its interpreter's start overlaps with ours."""
@@ -141,10 +143,12 @@ async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[R
         stack.callback(rundir.remove, directory)
         terminal = stack.enter_context(Terminal()) if settings.tty or (os.isatty(0) and os.isatty(1)) else None
         launchers = [_start_launcher(reaper, terminal)]
+        guard = process.Guard.start(reaper, directory)
+        stack.callback(guard.dismiss)
         stack.callback(_discard_all, launchers)
         authority = asyncio.create_task(asyncio.to_thread(CertificateAuthority.create))
         generation = build_generation(policy, 1)
-        yield Run(settings, telemetry, reaper, generation, identity, directory, authority, terminal, launchers)
+        yield Run(settings, telemetry, reaper, generation, identity, directory, authority, terminal, launchers, guard)
 
 
 def _discard_all(launchers: list[Child]) -> None:
@@ -340,14 +344,15 @@ async def _run_workload(prepared: Run, boundary: Boundary, child: Child, settled
         signal_as=lambda group, number: _signal_as(prepared, group, number),
     )
     workload.forward_signals()
-    guard = process.Guard.start(prepared.reaper, child.pid, boundary.netns_inode, prepared.directory)
+    prepared.guard.watch(child.pid, boundary.netns_inode)
     on_loss: Callable[[asyncio.Task[None]], None] = lambda task: _proxy_lost(task, workload)  # noqa: E731
     settled.serving.add_done_callback(on_loss)
-    warming = asyncio.create_task(_warm(settled.proxy), name="proxy warm-up")
+    warming: asyncio.Task[None] | None = None
     described = Process(settings.command[0], child.pid)
     try:
         request = {"op": "exec", "argv": list(settings.command), "env": _environment(prepared, boundary)}
         await process.run_attached(child, request, prepared.terminal)
+        warming = asyncio.create_task(_warm(settled.proxy, prepared.generation), name="proxy warm-up")
         telemetry.process_launched(described)
         outcome = await workload.wait()
         if prepared.terminal is not None:
@@ -359,16 +364,20 @@ async def _run_workload(prepared: Run, boundary: Boundary, child: Child, settled
     finally:
         workload.release_signals()
         settled.serving.remove_done_callback(on_loss)
-        warming.cancel()
-        left = await process.clear_away(child.pid, boundary.netns_inode, frozenset({guard.pid}))
+        if warming is not None:
+            warming.cancel()
+        left = await process.clear_away(child.pid, boundary.netns_inode, frozenset({prepared.guard.pid}))
         if left:
             log.warning("processes of the workload could not be ended", pids=left)
-        guard.dismiss()
 
 
-async def _warm(proxy: Proxy) -> None:
-    """Import the proxy's inspection while the workload starts; then let the collector run, past what was imported for good."""
+async def _warm(proxy: Proxy, generation: Generation) -> None:
+    """Import the proxy's inspection and the engine while the workload starts; then let the collector run, past what stays."""
     await proxy.warm()
+    try:
+        await asyncio.to_thread(generation.warm)
+    except EngineError as error:
+        log.error("the policy engine cannot be loaded: every decision is a denial", error=str(error))
     gc.collect()
     gc.freeze()
     gc.enable()

@@ -2,8 +2,8 @@
 
 A parent-death signal reaches only the workload's first process. The guard holds the other end of a socket to the supervisor;
 when that closes without a word, it kills what lives in the workload's network namespace, or in its session where the
-namespace is shared, and removes the run directory. It runs as a process of its own (`python -I -S -B guard.py SESSION INODE
-RUN_DIR`, socket as descriptor 3), on the standard library alone; `end_all` is also what the supervisor calls at an orderly end.
+namespace is shared, and removes the run directory. It runs as a process of its own (`python -I -S -B guard.py RUN_DIR`,
+socket as descriptor 3), on the standard library alone; `end_all` is also what the supervisor calls at an orderly end.
 """
 
 import os
@@ -80,13 +80,25 @@ def end_all(session: int, inode: int | None, root: int | None = None, spare: fro
 
 
 def main() -> None:
-    """Wait for the supervisor's word or its end; only the latter makes the guard act."""
-    session, inode = int(sys.argv[1]), int(sys.argv[2])
+    """Wait for the supervisor's word or its end; only the latter makes the guard act.
+
+    Lines on the socket: `watch SESSION INODE` names the workload (the last one counts; inode 0 means a shared namespace),
+    `done` says that the end was orderly.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # the group's signals are for the supervisor; the guard goes last
-    if os.read(3, 1) == b"":
-        end_all(session, inode or None)
-        remove_files(sys.argv[3])
+    session, inode, text = 0, 0, b""
+    while not text.endswith(b"done\n"):
+        data = os.read(3, 4096)
+        if not data:
+            if session:
+                end_all(session, inode or None)
+            remove_files(sys.argv[1])
+            return
+        text += data
+        words = [line.split() for line in text.split(b"\n") if line.startswith(b"watch ")]
+        if words and len(words[-1]) == 3 and text.endswith(b"\n"):
+            session, inode = int(words[-1][1]), int(words[-1][2])
 
 
 def remove_files(directory: str) -> None:

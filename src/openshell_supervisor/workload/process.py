@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from openshell_supervisor.errors import EXIT_TIMEOUT, LaunchError
+from openshell_supervisor.telemetry.plain_log import LateLogger
 from openshell_supervisor.workload import guard
 from openshell_supervisor.workload.child import Child, interpreter
 from openshell_supervisor.workload.reaper import Reaper
@@ -27,6 +28,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signa
 ENDING = signal.SIGTERM
 # A killed process is gone in milliseconds unless it is stuck in the kernel; then nothing can be done but to say so.
 KILL_PATIENCE = 5.0
+
+log = LateLogger("openshell_supervisor.workload")
 
 SignalAs = Callable[[int, int], Awaitable[None]]
 
@@ -133,15 +136,19 @@ class Guard:
         self._link = link
 
     @classmethod
-    def start(cls, reaper: Reaper, session: int, inode: int | None, run_dir: Path) -> Guard:
-        """Start it; `inode` is the workload's network namespace, None where that is shared."""
+    def start(cls, reaper: Reaper, run_dir: Path) -> Guard:
+        """Start it, early: its interpreter's start then overlaps with ours. Until `watch` it only keeps the run directory."""
         ours, theirs = socket.socketpair()
-        argv = [interpreter(), "-I", "-S", "-B", str(Path(guard.__file__)), str(session), str(inode or 0), str(run_dir)]
+        argv = [interpreter(), "-I", "-S", "-B", str(Path(guard.__file__)), str(run_dir)]
         try:
             pid, _ = reaper.spawn(argv, {}, {3: theirs.fileno()})
         finally:
             theirs.close()
         return cls(pid, ours)
+
+    def watch(self, session: int, inode: int | None) -> None:
+        """Tell it whom to end; `inode` is the workload's network namespace, None where that is shared."""
+        self._say(f"watch {session} {inode or 0}\n")
 
     @property
     def pid(self) -> int:
@@ -150,11 +157,15 @@ class Guard:
 
     def dismiss(self) -> None:
         """Tell it that the end was orderly."""
-        try:
-            self._link.send(b"x")
-        except OSError:
-            pass  # it is gone already, and with it the need for it
+        self._say("done\n")
         self._link.close()
+
+    def _say(self, line: str) -> None:
+        try:
+            self._link.send(line.encode())
+        except OSError as error:
+            # Somebody killed it. The workload still ends with us (parent-death signal); its descendants might not.
+            log.warning("the guard is gone", error=error.strerror)
 
 
 async def clear_away(session: int, inode: int | None, spare: frozenset[int]) -> list[int]:

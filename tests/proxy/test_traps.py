@@ -439,7 +439,7 @@ async def test_18_many_upstreams_on_one_connection_are_bounded(monkeypatch: pyte
     upstream = await Upstream(answering(echo_head)).start()
     hosts = [f"h{number}.test" for number in range(3)]
     policy = policy_for(*(f"host: {host}, port: {upstream.port}" for host in hosts))
-    async with running(policy, pins={host: ("127.0.0.1",) for host in hosts}) as proxy:
+    async with running(policy, pins=dict.fromkeys(hosts, ("127.0.0.1",))) as proxy:
         requests = b"".join(
             b"GET http://%s:%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % (h.encode(), upstream.port) for h in hosts
         )

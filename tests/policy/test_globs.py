@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openshell_supervisor.policy.globs import HOST, PATH, VALUE, GlobError, glob_match, glob_problem, path_selected
+from openshell_supervisor.policy.automaton import Matcher, intersects
+from openshell_supervisor.policy.globs import (
+    HOST,
+    PATH,
+    VALUE,
+    GlobError,
+    glob_match,
+    glob_problem,
+    host_pattern,
+    path_selected,
+)
 
 TABLE = [
     ("/repos/*", PATH, "/repos/a/b", False),
@@ -180,3 +190,32 @@ def test_matching_is_linear(pattern: str, value: str) -> None:
 def test_selectors(selector: str, path: str, selected: bool) -> None:
     """The other dialect, of endpoint paths: `*` crosses slashes, `X/**` takes X itself, a bad pattern equals only itself."""
     assert path_selected(selector, path) is selected
+
+
+hosts = st.text("ab.*", min_size=1, max_size=6)
+
+
+@settings(max_examples=400, deadline=None)
+@given(hosts, hosts, st.text("ab.", max_size=6))
+def test_a_common_name_means_that_patterns_meet(left: str, right: str, name: str) -> None:
+    """If any name matches both patterns, they intersect; intersection is symmetric and a pattern meets itself."""
+    a, b = host_pattern(left), host_pattern(right)
+    if Matcher(a).matches(name) and Matcher(b).matches(name):
+        assert intersects(a, b)
+    assert intersects(a, b) is intersects(b, a)
+    assert intersects(a, a)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "meet"),
+    [
+        ("*.example.com", "api.example.com", True),
+        ("*.example.com", "a.b.example.com", False),
+        ("**.example.com", "a.*.example.com", True),
+        ("api-*.example.com", "*-eu.example.com", True),
+        ("api-*.example.com", "www-*.example.com", False),
+    ],
+)
+def test_patterns_meet_exactly(left: str, right: str, meet: bool) -> None:
+    """Overlap is neither guessed nor approximated."""
+    assert intersects(host_pattern(left), host_pattern(right)) is meet

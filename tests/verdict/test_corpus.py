@@ -43,8 +43,6 @@ def why_not(case: dict[str, Any]) -> str:
         return "files pipeline (OPENSHELL_POLICY_RULES with OPENSHELL_POLICY_DATA)"
     if group in ("authority", "middleware") and case["kind"] != "validate":
         return f"{group}: in proxy/"
-    if group == "ambiguity":
-        return "ambiguity of overlapping endpoints"
     if case["kind"] == "validate":
         return ""
     if "body" in given or "websocket_text" in given or given.get("websocket_upgrade"):

@@ -70,9 +70,10 @@ endpoints = st.builds(
     allow_encoded_slash=st.booleans(),
     advisor_proposed=st.booleans(),
 )
+hostless = endpoints.map(lambda endpoint: replace(endpoint, host="", allowed_ips=("10.0.0.0/8",)))
 rules = st.builds(
     NetworkRule,
-    endpoints=st.lists(endpoints, max_size=3).map(tuple),
+    endpoints=st.lists(endpoints | endpoints | endpoints | hostless, max_size=3).map(tuple),
     binaries=st.lists(st.builds(Binary, st.sampled_from(BINARIES), st.booleans()), max_size=2).map(tuple),
 )
 policies = st.dictionaries(st.sampled_from(("a", "b", "c", 'd"e')), rules, max_size=3).map(

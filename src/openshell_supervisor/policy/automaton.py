@@ -184,3 +184,30 @@ def _union(sets: Iterable[int]) -> int:
     for item in sets:
         result |= item
     return result
+
+
+def intersects(left: Pattern, right: Pattern) -> bool:
+    """True when some text matches both patterns. Exact; at worst the product of their sizes in steps."""
+    a, b = _Automaton(left), _Automaton(right)
+    queue = [(x, y) for x in _bits(a.start) for y in _bits(b.start)]
+    seen = set(queue)
+    goal = (a.accept.bit_length() - 1, b.accept.bit_length() - 1)
+    while queue:
+        pair = queue.pop()
+        if pair == goal:
+            return True
+        if a.consumes[pair[0]] & b.consumes[pair[1]]:
+            for following in ((x, y) for x in _bits(a.after[pair[0]]) for y in _bits(b.after[pair[1]])):
+                if following not in seen:
+                    seen.add(following)
+                    queue.append(following)
+    return False
+
+
+def _bits(states: int) -> list[int]:
+    found = []
+    while states:
+        low = states & -states
+        states ^= low
+        found.append(low.bit_length() - 1)
+    return found

@@ -207,15 +207,26 @@ def path_specificity(selector: str) -> int:
 
 def path_selected(selector: str, path: str) -> bool:
     """True when an endpoint with this `path` is a candidate for a request to `path`. A bad pattern only equals itself."""
-    if selector in ("", "**", "/**"):
-        return True
     matcher = _selector(selector)
     return path == selector if matcher is None else matcher.matches(_bytes(path))
 
 
 @lru_cache(maxsize=CACHED_PATTERNS)
 def _selector(selector: str) -> Matcher | None:
-    """The selector dialect: `*` and `?` cross slashes, `**` must be a whole component, there are no braces or escapes."""
+    items = selector_pattern(selector)
+    try:
+        return None if items is None else Matcher(items)
+    except TooLarge:
+        return None
+
+
+def selector_pattern(selector: str) -> Pattern | None:
+    """The selector dialect: `*` and `?` cross slashes, `**` must be a whole component, there are no braces or escapes.
+
+    None for what is no pattern and equals only itself.
+    """
+    if selector in ("", "**", "/**"):
+        return (_EVERYTHING,)
     tail = selector.endswith("/**")
     text = _bytes(selector[:-3] if tail else selector)
     items: list[_Item] = []
@@ -241,10 +252,26 @@ def _selector(selector: str) -> Matcher | None:
             at += 1
     if tail:
         items.append(Choice(((), (_SLASH, _EVERYTHING))))
-    try:
-        return Matcher(tuple(items))
-    except TooLarge:
-        return None
+    return tuple(items)
+
+
+def host_pattern(host: str) -> Pattern:
+    """A host with wildcards for the question whether two can mean one name: `*` is any text without a dot, `**` any text."""
+    items: list[_Item] = []
+    text, at = _bytes(host), 0
+    while at < len(text):
+        if text.startswith("**", at):
+            items.append(_EVERYTHING)
+            at += 2
+        else:
+            items.append(Star(EVERY & ~one(".")) if text[at] == "*" else one(text[at]))
+            at += 1
+    return tuple(items)
+
+
+def literal(text: str) -> Pattern:
+    """The pattern that matches just this text."""
+    return tuple(one(char) for char in _bytes(text))
 
 
 def _selector_class(body: str) -> int:

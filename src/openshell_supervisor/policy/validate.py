@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from openshell_supervisor.errors import Problem
 from openshell_supervisor.policy.model import Endpoint, ProcessPolicy, SandboxPolicy
+from openshell_supervisor.policy.overlap import overlap_problems
 from openshell_supervisor.policy.reading import child, shown
 from openshell_supervisor.policy.validate_l7 import l7_problems
 from openshell_supervisor.policy.validate_middleware import middleware_problems
@@ -35,6 +36,7 @@ def problems_of(policy: SandboxPolicy) -> list[Problem]:
         for index, endpoint in enumerate(rule.endpoints):
             found.extend(_endpoint_problems(rule.name or key, endpoint, f"{path}.endpoints[{index}]"))
             found.extend(l7_problems(rule.name or key, key, index, endpoint, f"{path}.endpoints[{index}]"))
+    found.extend(overlap_problems(policy))
     found.extend(middleware_problems(policy))
     return found
 

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
-
 import rpc
 import sandboxed
 from content import Content

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import rpc
 import table
 from content import Content
 from upstream import Identity, Upstream
@@ -135,13 +134,23 @@ def _cargo() -> str:
 
 def missing(needs: Sequence[str]) -> str:
     """What this machine lacks of `needs` ("node>=22.21", "git"), or an empty string."""
+    absent = [name for name in map(_program, needs) if shutil.which(name) is None]
+    return f"needs the client program {absent[0]}" if absent else ""
+
+
+def for_this_version(needs: Sequence[str]) -> bool:
+    """False when a condition on the version ("node<22.21") does not fit the program that is here; the table then has a row
+    for the other versions."""
     for need in needs:
-        name = need.split(">")[0].split("<")[0]
-        if shutil.which(name) is None:
-            return f"needs the client program {name}"
-        if name == "node" and len(need) > len(name):
-            text = subprocess.run(["node", "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
-            major, minor = (int(part) for part in text.strip().lstrip("v").split(".")[:2])
-            if ((major, minor) >= (22, 21) and major != 23) != (">=" in need):
-                return f"needs the client program {need}: this is {text.strip()}"
-    return ""
+        name, condition = _program(need), need.removeprefix(_program(need))
+        if condition and shutil.which(name) is not None:
+            done = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=10, check=True)
+            here = tuple(int(part) for part in done.stdout.strip().lstrip("v").split(".")[:2])
+            bound = tuple(int(part) for part in condition.lstrip("<>=").split("."))
+            if (here >= bound) != condition.startswith(">="):
+                return False
+    return True
+
+
+def _program(need: str) -> str:
+    return need.partition(">=")[0].partition("<")[0]

@@ -120,7 +120,8 @@ CLIENTS = (
               " git -c user.name=x -c user.email=x@y commit -qm x && git push origin HEAD:refs/heads/$MODE", "new branch"),
     )),
     Client("pip", (), ("GET /pypi/**",), (
-        works("$PY -m pip download -q --no-deps -d got -i $URL/pypi/simple tiny-real && ls got", "tiny_real-1.0-py3-none-any.whl"),
+        works("$PY -m pip download -q --no-deps -d got -i $URL/pypi/simple tiny-real && ls got",
+              "tiny_real-1.0-py3-none-any.whl"),
         works("$PY -m pip install -q -t lib -i $URL/pypi/simple tiny-real &&"
               " PYTHONPATH=lib $PY -c 'import tiny_real; print(tiny_real.WORD)'", "installed through the sandbox"),
         denied("$PY -m pip download --retries 0 -i $URL/private/simple tiny-real", "No matching distribution"),

@@ -7,10 +7,9 @@ import re
 import subprocess
 import time
 
-import pytest
-
 import content
 import product
+import pytest
 import sandboxed
 
 # What the supervisor may grow by while 300 MB pass: buffers of one connection, and the allocator's slack.

@@ -2,7 +2,7 @@
 
 Order as upstream (contract 1.7): inherited, minus what belongs to the supervisor, session variables, proxy, trust; the later
 wins. Which variable wants which file is decided by what the client does with it: a variable that REPLACES the client's roots
-gets the full bundle, one that ADDS to them gets our certificate alone.
+gets the full bundle, one that ADDS to them gets our certificate alone. tests/clients drives the real clients with this table.
 """
 
 from __future__ import annotations
@@ -32,32 +32,70 @@ WITHHELD = frozenset(
     )
 )
 
-# The proxy's URL goes into these. `all_proxy` in lower case is left out as upstream does.
-PROXY_URL_VARIABLES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "grpc_proxy")
+# The proxy's URL goes into these. `all_proxy` in lower case is left out as upstream does. curl, Go and most clients read the
+# lower or the upper case; gRPC core reads grpc_proxy first. Yarn (berry) reads its own names alone.
+PROXY_URL_VARIABLES = (
+    "ALL_PROXY",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "grpc_proxy",
+    "YARN_HTTP_PROXY",
+    "YARN_HTTPS_PROXY",
+)
 NO_PROXY_VARIABLES = ("NO_PROXY", "no_proxy")
 NO_PROXY = "127.0.0.1,localhost,::1"
-
-# Variables that replace the client's roots: full bundle. Clients: OpenSSL users and Go; requests; curl; git; pip; AWS SDKs and
-# CLI; cargo; npm; Nix; httplib2; gRPC core; Google Cloud SDK; yarn (berry).
-BUNDLE_VARIABLES = (
-    "SSL_CERT_FILE",
-    "REQUESTS_CA_BUNDLE",
-    "CURL_CA_BUNDLE",
-    "GIT_SSL_CAINFO",
-    "PIP_CERT",
-    "AWS_CA_BUNDLE",
-    "CARGO_HTTP_CAINFO",
-    "NPM_CONFIG_CAFILE",
-    "NIX_SSL_CERT_FILE",
-    "HTTPLIB2_CA_CERTS",
-    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
-    "CLOUDSDK_CORE_CUSTOM_CA_CERTS_FILE",
-    "YARN_HTTPS_CA_FILE_PATH",
+# Names that outrank the above in some client: inherited, they would lead it to another proxy, which cannot be reached, past
+# ours, into nothing; and their values may hold the credentials of the supervisor's own proxy. curl and Python prefer
+# all_proxy, ws_proxy and the like to ALL_PROXY; npm, pip, cargo and global-agent prefer their own names; gRPC core has a
+# no_proxy of its own. Compared without regard to case: Python and npm read them in any.
+OUTRANKING_PROXY_VARIABLES = frozenset(
+    (
+        "all_proxy",
+        "ftp_proxy",
+        "socks_proxy",
+        "ws_proxy",
+        "wss_proxy",
+        "no_grpc_proxy",
+        "npm_config_proxy",
+        "npm_config_http_proxy",
+        "npm_config_https_proxy",
+        "npm_config_noproxy",
+        "pip_proxy",
+        "cargo_http_proxy",
+        "global_agent_http_proxy",
+        "global_agent_https_proxy",
+        "global_agent_no_proxy",
+    )
 )
-# Variables that add to the client's roots: our certificate alone. Clients: Node.js; Deno.
-ADDITION_VARIABLES = ("NODE_EXTRA_CA_CERTS", "DENO_CERT")
-# Switches that make a client look at the above: Node's fetch honours proxy variables only with the first; uv reads the
-# system's roots (and with them SSL_CERT_FILE) only with one of the others, by version.
+
+# Variables that replace the client's roots: full bundle, so that a tunnel which nobody inspects verifies too.
+BUNDLE_VARIABLES = (
+    "SSL_CERT_FILE",  # OpenSSL and what rests on it (Python, Ruby, httpx, aiohttp, s_client), Go, rustls-native-certs, uv
+    "REQUESTS_CA_BUNDLE",  # requests, and with it conda and the Azure CLI
+    "CURL_CA_BUNDLE",  # curl
+    "GIT_SSL_CAINFO",  # git, also where it rests on GnuTLS, which reads no SSL_CERT_FILE
+    "PIP_CERT",  # pip, ahead of its own bundle
+    "AWS_CA_BUNDLE",  # AWS CLI and SDKs
+    "CARGO_HTTP_CAINFO",  # cargo
+    "NPM_CONFIG_CAFILE",  # npm and pnpm, which do not add NODE_EXTRA_CA_CERTS once a cafile is configured
+    "NIX_SSL_CERT_FILE",  # Nix, whose OpenSSL looks nowhere else
+    "HTTPLIB2_CA_CERTS",  # httplib2, and with it Google's older Python clients
+    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",  # gRPC core (C++, Python, Ruby, PHP, C#)
+    "CLOUDSDK_CORE_CUSTOM_CA_CERTS_FILE",  # gcloud
+    "YARN_HTTPS_CA_FILE_PATH",  # Yarn (berry)
+    "PERL_LWP_SSL_CA_FILE",  # Perl's LWP, which otherwise prefers the roots of Mozilla::CA
+)
+# Variables that add to the client's roots: our certificate alone.
+ADDITION_VARIABLES = (
+    "NODE_EXTRA_CA_CERTS",  # Node.js, Bun
+    "DENO_CERT",  # Deno
+)
+# Outrank the above in npm, which reads its settings in any case: one certificate inline, and the same file spelled otherwise.
+OUTRANKING_TRUST_VARIABLES = frozenset(("npm_config_ca", "npm_config_cafile"))
+# Switches that make a client look at the above. Node's fetch and https ask the environment for a proxy from 22.21 and 24 on,
+# and only with the first; uv reads the system's roots (and with them SSL_CERT_FILE) with one of the others, by version.
 SWITCHES = {"NODE_USE_ENV_PROXY": "1"}
 TRUST_SWITCHES = {"UV_NATIVE_TLS": "true", "UV_SYSTEM_CERTS": "true"}
 
@@ -94,15 +132,22 @@ def workload_environment(
     defaults = {
         "HOME": session.home,
         "USER": session.user,
+        "LOGNAME": session.user,  # POSIX's name for it; Python's getpass and many tools read it before USER
         "SHELL": "/bin/bash",
         "TERM": inherited.get("TERM", "xterm-256color") if session.tty else "dumb",
     }
     block.update((name, value) for name, value in defaults.items() if name not in user_variables)
     if proxy_url is not None:
-        block.update(proxy_variables(proxy_url))
+        block = _replaced(block, proxy_variables(proxy_url), OUTRANKING_PROXY_VARIABLES)
     if trust is not None:
-        block.update(trust_variables(trust))
+        block = _replaced(block, trust_variables(trust), OUTRANKING_TRUST_VARIABLES)
     return block
+
+
+def _replaced(block: Mapping[str, str], ours: Mapping[str, str], outranking: frozenset[str]) -> dict[str, str]:
+    """`block` with `ours` in place of everything of those names, in any case, and of what would outrank them."""
+    gone = outranking | {name.lower() for name in ours}
+    return {name: value for name, value in block.items() if name.lower() not in gone} | dict(ours)
 
 
 def proxy_variables(url: str) -> dict[str, str]:

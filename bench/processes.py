@@ -82,14 +82,15 @@ class Child:
         return self.answer(timeout)
 
     def ended(self, timeout: float) -> float:
-        """Wait for the end; seconds since the spawn. `BenchError` when it takes longer than `timeout`."""
+        """Wait for the end; seconds since the spawn. `BenchError` when it fails or takes longer than `timeout`."""
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.stop()
             raise BenchError(f"still running after {timeout:.0f} s; {self.last_words()}") from None
         took = time.monotonic() - self.spawned
-        self.stop()
+        if self.stop() != 0:
+            raise BenchError(f"ended with {self.process.returncode}; {self.last_words()}")
         return took
 
     def last_words(self) -> str:

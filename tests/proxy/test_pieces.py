@@ -35,10 +35,24 @@ from openshell_supervisor.verdict.facts import Verdict
 
 # -- heads -----------------------------------------------------------------------------------------------------------
 
-_PIECES = st.sampled_from(
-    [b"GET", b" ", b"/", b"http://a/", b"HTTP/1.1", b"\r\n", b"\n", b"\r", b"Host", b":", b"a", b"\t", b"\x00", b"\xff"]
-    + [b"Content-Length: 1", b"Transfer-Encoding: chunked", b"Connection: host", b"\r\n\r\n"]
-)
+_TOKENS = [
+    b"GET",
+    b" ",
+    b"/",
+    b"http://a/",
+    b"HTTP/1.1",
+    b"\r\n",
+    b"\n",
+    b"\r",
+    b"Host",
+    b":",
+    b"a",
+    b"\t",
+    b"\x00",
+    b"\xff",
+]
+_LINES = [b"Content-Length: 1", b"Transfer-Encoding: chunked", b"Connection: host", b"\r\n\r\n"]
+_PIECES = st.sampled_from(_TOKENS + _LINES)
 
 
 @given(st.lists(_PIECES, max_size=16))

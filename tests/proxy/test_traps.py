@@ -473,8 +473,9 @@ def test_key_logging_is_off() -> None:
     """mitmproxy writes all session keys to $SSLKEYLOGFILE if it is set at import; `warm` removes it first."""
     code = (
         "import asyncio, os;"
-        "from openshell_supervisor.proxy.frontend import Proxy;"
-        "p = Proxy.__new__(Proxy); p._warming = None;"
+        "from openshell_supervisor.proxy.frontend import Proxy, ProxyOptions;"
+        "from openshell_supervisor.proxy.authority import CertificateAuthority as C;"
+        "p = Proxy(ProxyOptions(), generation=lambda: None, telemetry=None, authority=C.create());"
         "asyncio.run(p.warm());"
         "import mitmproxy.net.tls as t; print(t.log_master_secret, 'SSLKEYLOGFILE' in os.environ)"
     )

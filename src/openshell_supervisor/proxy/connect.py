@@ -7,10 +7,11 @@ checked, `200` is only said over a connected upstream, and an endpoint that must
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING
 
 from openshell_supervisor.proxy import client_hello, denials, sockets, tls
@@ -61,9 +62,10 @@ class ConnectHandler:
         """Absolute-form HTTP, keep-alive: the session asks anew for each request; `head` is the first one, already read."""
         session_type = await self._sessions()
         session = session_type(origin, self._gate, self._local, self._dial_plain)
-        await self._attach_client(session, client, None)
-        session.start(head)
-        await _until_done(session)
+        with _ending(session):
+            await self._attach_client(session, client, None)
+            session.start(head)
+            await session.done
 
     async def serve(self, client: socket.socket, origin: Origin) -> None:
         """A CONNECT, from its verdict to the end of its tunnel."""
@@ -179,7 +181,7 @@ class ConnectHandler:
                 )
                 secured = wire.transport.get_extra_info("ssl_object") if wire.transport else None
                 wire.connection.alpn = (secured.selected_alpn_protocol() or "").encode() or None if secured else None
-        except (OSError, ssl.SSLError, ValueError) as error:
+        except (OSError, ValueError) as error:
             upstream.close()
             text = failure_text(error)
             self._gate.failed(f"TLS relay error: {text}", origin)
@@ -246,11 +248,11 @@ class ConnectHandler:
         session_type = await self._sessions()
         plain = Origin(origin.source, origin.host, origin.port, "http", forward=False)
         session = session_type(plain, self._gate, self._local, self._redial(destination, None))
-        wire = await self._upstream_wire(session, sockets.handed_over(upstream), plain, None)
-        session.adopt_upstream(wire)
-        await self._attach_client(session, client, None)
-        session.start()
-        await _until_done(session)
+        with _ending(session):
+            session.adopt_upstream(await self._upstream_wire(session, sockets.handed_over(upstream), plain, None))
+            await self._attach_client(session, client, None)
+            session.start()
+            await session.done
 
     async def _inspect_tls(
         self,
@@ -264,23 +266,23 @@ class ConnectHandler:
         offers = tuple(offer for offer in tls.INSPECTABLE if offer in hello.protocols)
         session = session_type(origin, self._gate, self._local, self._redial(destination, offers))
         session.inspection.fronted = not _names(hello, origin.host)
-        try:
-            wire = await self._upstream_wire(session, sockets.handed_over(upstream), origin, offers)
-            protocol = (wire.connection.alpn or b"").decode()
-            session.adopt_upstream(wire)
-        except _Refused as refusal:
-            # The client deserves to read why: finish its handshake and answer each request with the reason.
-            session.inspection.fault = refusal.denial
-            protocol = offers[-1] if offers else ""
-        session.client.alpn = protocol.encode() or None
-        try:
-            await self._attach_client(session, client, self._suite.toward_client(origin.host, protocol))
-        except (OSError, ssl.SSLError) as error:
-            self._gate.failed(f"TLS relay error: client: {failure_text(error)}", origin)
-            session.cut("handshake")
-            return
-        session.start()
-        await _until_done(session)
+        with _ending(session):
+            try:
+                wire = await self._upstream_wire(session, sockets.handed_over(upstream), origin, offers)
+                protocol = (wire.connection.alpn or b"").decode()
+                session.adopt_upstream(wire)
+            except _Refused as refusal:
+                # The client deserves to read why: finish its handshake and answer each request with the reason.
+                session.inspection.fault = refusal.denial
+                protocol = offers[-1] if offers else ""
+            session.client.alpn = protocol.encode() or None
+            try:
+                await self._attach_client(session, client, self._suite.toward_client(origin.host, protocol))
+            except OSError as error:
+                self._gate.failed(f"TLS relay error: client: {failure_text(error)}", origin)
+                return
+            session.start()
+            await session.done
 
     async def _attach_client(self, session: HttpSession, client: socket.socket, context: ssl.SSLContext | None) -> None:
         loop = asyncio.get_running_loop()
@@ -320,8 +322,10 @@ def _names(hello: ClientHello, host: str) -> bool:
         return False
 
 
-async def _until_done(session: HttpSession) -> None:
+@contextlib.contextmanager
+def _ending(session: HttpSession) -> Iterator[None]:
+    """However the block ends, no leg of the session outlives it."""
     try:
-        await session.done
+        yield
     finally:
-        session.cut("cancelled")
+        session.cut("ended")

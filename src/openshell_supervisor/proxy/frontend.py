@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
+import resource
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openshell_supervisor.proxy import denials, local, sockets
+from openshell_supervisor.proxy import denials, local, sockets, tls
 from openshell_supervisor.proxy.authority import CertificateAuthority
 from openshell_supervisor.proxy.connect import ConnectHandler
 from openshell_supervisor.proxy.denials import Denial, failure
@@ -44,9 +46,11 @@ if TYPE_CHECKING:
 FIRST_HEAD_TIMEOUT = 30.0
 # How long an answer of ours may take to leave.
 ANSWER_TIMEOUT = 10.0
-# Client connections at a time. Each costs up to four descriptors (two sockets, a pipe pair per direction), and 1024 is the usual
-# soft limit on descriptors; beyond it clients wait in the backlog of the kernel.
+# Client connections at a time; beyond it clients wait in the kernel's backlog. A tunnel costs up to six descriptors (two sockets,
+# a pipe per direction), so the process's own limit may set a lower number; RESERVED_FILES stay for everything else.
 MAX_CONNECTIONS = 512
+FILES_PER_CONNECTION = 6
+RESERVED_FILES = 128
 # Accept errors (proxy.md 1.1): resources exhausted back off exponentially, a client that vanished costs one pause.
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _FATAL = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
@@ -85,11 +89,10 @@ class Proxy:
         self._gate = Gate(generation=generation, telemetry=telemetry, observe=options.egress == "observe")
         self._destinations = Destinations(options.pins)
         self._local = LocalHost()
-        self._connect = ConnectHandler(
-            self._gate, self._destinations, TlsSuite(authority, options.upstream_ca), self._local, self._sessions
-        )
+        self._suite = TlsSuite(authority, options.upstream_ca)
+        self._connect = ConnectHandler(self._gate, self._destinations, self._suite, self._local, self._sessions)
         self._live: dict[asyncio.Task[None], int] = {}
-        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._slots = asyncio.Semaphore(_connection_limit())
         self._accepting: asyncio.Task[None] | None = None
         self._draining = False
         self._warming: asyncio.Future[None] | None = None
@@ -138,7 +141,7 @@ class Proxy:
         if self._warming is None:
             for name in _KEY_LOG_VARIABLES:
                 os.environ.pop(name, None)
-            self._warming = asyncio.ensure_future(asyncio.to_thread(_import_session))
+            self._warming = asyncio.ensure_future(asyncio.to_thread(_warm_up, self._suite))
         await asyncio.shield(self._warming)
 
     def answer_probe(self, nonce: str) -> None:
@@ -287,12 +290,20 @@ class Proxy:
         self._telemetry.network("Fail", f"Proxy accept error ({kind}): {name}", severity=severity, ok=False)
 
 
-def _import_session() -> None:
-    """Runs in a thread: a second of imports that must not hold up the loop."""
-    import logging
+def _connection_limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(16, min(MAX_CONNECTIONS, (soft - RESERVED_FILES) // FILES_PER_CONNECTION))
 
+
+def _warm_up(suite: TlsSuite) -> None:
+    """Runs in a thread: a second of imports, and parsing the system's roots, that must not hold up the loop."""
     logging.getLogger("mitmproxy").setLevel(logging.WARNING)
     import openshell_supervisor.proxy.http_session  # noqa: F401
+
+    for offers in (tls.INSPECTABLE, ("http/1.1",)):
+        suite.toward_upstream(offers)
 
 
 __all__ = ["CertificateAuthority", "Proxy", "ProxyOptions", "denials"]

@@ -181,15 +181,12 @@ class Gate:
             denial=None if self.observe else denials.failure(400, "invalid_request_target", text, hint),
             target=target,
             path="/",
-            message=self._rejected_text(origin),
+            message=f"HTTP request {self._refused('rejected')} before policy evaluation for {origin.host}:{origin.port}",
             action=self._action,
             policy=passage.policy or "-",
             engine="http-parser",
             reason=text,
         )
-
-    def _rejected_text(self, origin: Origin) -> str:
-        return f"HTTP request {self._refused('rejected')} before policy evaluation for {origin.host}:{origin.port}"
 
     def _ruling(
         self,
@@ -240,15 +237,15 @@ class Gate:
         )
 
     def request_rejected(self, origin: Origin, method: str, path: str, reason: str, policy: str = "") -> None:
-        """Say that a request was malformed and never came to a verdict. `reason` is a fixed text."""
+        """Say that a request was malformed and came to no verdict; it is refused in observe mode, too. `reason` is ours."""
         self._telemetry.http(
             method,
-            self._rejected_text(origin),
+            f"HTTP request rejected before policy evaluation for {origin.host}:{origin.port}",
             scheme=origin.scheme,
             host=origin.host,
             port=origin.port,
             path=path,
-            action=self._action,
+            action="Denied",
             severity=Severity.MEDIUM,
             src=origin.source,
             policy=policy or "-",

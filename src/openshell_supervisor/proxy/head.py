@@ -134,6 +134,11 @@ def _complaint(raw: bytes) -> str:
     return "a header name is not a token, or a value holds a control byte"
 
 
+def is_token(text: str) -> bool:
+    """True for a token of RFC 9110 5.6.2, which every method is."""
+    return text.isascii() and _TOKEN_ONLY.fullmatch(text.encode()) is not None
+
+
 def safe_fields(fields: Iterable[tuple[bytes, bytes]]) -> bool:
     """True when no name or value could break out of an HTTP/1 head; HTTP/2 carries any byte."""
     return all(_SAFE_FIELD.fullmatch(name + b"\x00" + value) for name, value in fields)

@@ -19,6 +19,7 @@ from openshell_supervisor.proxy.head import (
     HeadError,
     RequestHead,
     authority_of,
+    is_token,
     safe_fields,
     split_absolute,
     split_authority,
@@ -76,10 +77,10 @@ class Inspection:
         target = head.target
         if absolute is not None:
             scheme, authority, target = absolute
-            if scheme != self.origin.scheme or not self._agrees(authority):
-                return self._mismatch(head.method, target)
-        if head.host is not None and not self._agrees(head.host):
-            return self._mismatch(head.method, target)
+            if (scheme != self.origin.scheme or not self._agrees(authority)) and self._mismatch(head.method, target):
+                return denials.authority_mismatch(self.origin.host, self.origin.port)
+        if head.host is not None and not self._agrees(head.host) and self._mismatch(head.method, target):
+            return denials.authority_mismatch(self.origin.host, self.origin.port)
         if not target.startswith("/"):
             return self._reject(head.method, "the request target is not a path")
         return self._decide(request, head, self.origin, target)
@@ -128,19 +129,16 @@ class Inspection:
         method, target = data.method.decode("latin-1"), data.path.decode("latin-1")
         if (
             method == "CONNECT"
-            or not method.isascii()
+            or not is_token(method)
             or not target.startswith("/")
             or not safe_fields(request.headers.fields)
         ):
             return self._reject("-", "the HTTP/2 request has pseudo headers or fields that cannot be forwarded")
         authority = data.authority.decode("latin-1")
         named = request.headers.get("host", authority)
-        if (
-            data.scheme.decode("latin-1") != self.origin.scheme
-            or not self._agrees(authority or named)
-            or not self._agrees(named)
-        ):
-            return self._mismatch(method, target)
+        agrees = data.scheme.decode("latin-1") == self.origin.scheme and self._agrees(authority or named)
+        if not (agrees and self._agrees(named)) and self._mismatch(method, target):
+            return denials.authority_mismatch(self.origin.host, self.origin.port)
         ruling = self._gate.request(self.origin, method, target)
         if ruling.denial is not None or self.fault is not None:
             return ruling.denial or self.fault  # type: ignore[return-value]
@@ -164,9 +162,10 @@ class Inspection:
             self._known_authority = authority
         return agrees
 
-    def _mismatch(self, method: str, target: str) -> Denial | bool:
+    def _mismatch(self, method: str, target: str) -> bool:
+        """Write the mismatch down; True when it is to be refused."""
         self._gate.authority_mismatch(self.origin, method, target.partition("?")[0])
-        return denials.authority_mismatch(self.origin.host, self.origin.port)
+        return not self._gate.observe
 
     def _reject(self, method: str, text: str) -> Denial:
         self._gate.request_rejected(self.origin, method, "/", text)

@@ -34,6 +34,18 @@ def write_status(path: Path, statement: Statement) -> None:
         ) from error
 
 
+def forget_status(path: Path) -> None:
+    """Remove what an earlier run left: until this run has a statement, there is none. Raises `SettingsError`."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"--status-file: cannot replace {path}: {error.strerror}",
+            code="unwritable_file",
+            hint="name a writable place",
+        ) from error
+
+
 def announce(statement: Statement, failures: tuple[Failure, ...], telemetry: Telemetry) -> None:
     """Say the statement as events: one line with every layer, and `CONFIG:DEGRADED` with its finding where it is due."""
     network = statement.layer(Layer.NETWORK)
@@ -57,7 +69,7 @@ def announce(statement: Statement, failures: tuple[Failure, ...], telemetry: Tel
         unmapped={"rung": statement.rung, **{item.layer.value: item.state.value for item in statement.layers}},
     )
     for item in statement.layers:
-        if item.state is State.DEGRADED and item.layer is not Layer.NETWORK:
+        if item.state is State.DEGRADED and not (item.layer is Layer.NETWORK and statement.rung == "observed"):
             telemetry.config(
                 "degraded",
                 f"Layer {item.layer.value} does not hold",
@@ -84,9 +96,15 @@ def require(statement: Statement, required: frozenset[Layer]) -> None:
 
 
 def network_layer(
-    *, requested: str, rung: str, egress: str, failures: tuple[Failure, ...], evidence: dict[str, object]
+    *,
+    requested: str,
+    rung: str,
+    egress: str,
+    failures: tuple[Failure, ...],
+    evidence: dict[str, object],
+    gaps: tuple[str, ...],
 ) -> Enforcement:
-    """The network layer's entry: `enforced` only for an isolating rung that was probed and a proxy that enforces."""
+    """The network layer's entry: `enforced` only for an isolating rung that was probed, a proxy that enforces, and no `gaps`."""
     detail = {
         **evidence,
         "failed_rungs": [{"rung": f.rung, "step": f.step, "errno": f.errno, "error": f.message} for f in failures],
@@ -101,5 +119,8 @@ def network_layer(
     if egress == "observe":
         reason = f"--egress observe was asked for: rung {rung} leaves only the proxy, which lets denied requests pass"
         return Enforcement(Layer.NETWORK, State.OFF, reason, asked=False, detail=detail)
+    if gaps:
+        reason = f"rung {rung} leaves only the proxy, but the workload can get around it: " + "; ".join(gaps)
+        return Enforcement(Layer.NETWORK, State.DEGRADED, reason, detail=detail)
     reason = f"rung {rung}: only the proxy was reachable from inside"
     return Enforcement(Layer.NETWORK, State.ENFORCED, reason, detail=detail)

@@ -11,16 +11,14 @@ import fcntl
 import os
 import stat
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from openshell_supervisor.errors import SettingsError
 
-PREFIX = "sandbox-"
-LOCK = ".lock"
-# A directory without a lock file may be one that is being made right now; after this long nobody is making it any more.
-YOUNG_SECONDS = 60.0
+PREFIX = "openshell-run-"
+LOCK = ".openshell-lock"
+OVERFLOW_UID = 65534  # kernel/sys.c: how a user without a mapping is shown
 
 
 def create(chosen: Path | None, environment: Mapping[str, str]) -> Path:
@@ -59,28 +57,36 @@ def _defaults(environment: Mapping[str, str]) -> tuple[Path, ...]:
 
 
 def _check(base: Path) -> None:
-    """Refuse a directory in which another user could swap ours: not a directory, or writable by others without sticky bit."""
-    status = base.lstat()
-    if not stat.S_ISDIR(status.st_mode):
+    """Refuse a directory in which another user could swap ours, here or at any directory above it.
+
+    Each must belong to root or to us, and be writable by others only with the sticky bit (path_resolution(7)).
+    """
+    if not stat.S_ISDIR(base.lstat().st_mode):
         raise OSError(0, "is not a directory, or a symbolic link")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
-        raise OSError(0, "others can rename what is in it (mode needs the sticky bit)")
+    trusted = {0, os.geteuid()} if _root_is_mapped() else {OVERFLOW_UID, os.geteuid()}
+    for one in (base.resolve(), *base.resolve().parents):
+        status = one.stat()
+        if status.st_uid not in trusted:
+            raise OSError(0, f"{one} belongs to user {status.st_uid}, who could replace what is in it")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+            raise OSError(0, f"others can rename what is in {one} (its mode needs the sticky bit)")
+
+
+def _root_is_mapped() -> bool:
+    """False inside a user namespace that does not know root: its files then show the overflow user as their owner."""
+    return any(line.split()[0] == "0" for line in Path("/proc/self/uid_map").read_text().splitlines())
 
 
 def _sweep(base: Path) -> None:
-    """Remove the directories of runs that are over: ours by owner and name, and their lock is free."""
+    """Remove the directories of runs that are over: ours by owner, name and lock file, and the lock is free."""
     for path in base.glob(f"{PREFIX}*"):
         try:
             status = path.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 continue
             lock = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            if time.time() - status.st_mtime > YOUNG_SECONDS:
-                remove(path)
-            continue
         except OSError:
-            continue  # not one of ours after all
+            continue  # no lock file: not one of ours, or one that is being made right now
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(path)
@@ -91,10 +97,16 @@ def _sweep(base: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove the directory and the files in it; it holds no subdirectories."""
+    """Remove the directory and the files in it; it holds no subdirectories. Never follows a symbolic link."""
     try:
-        for entry in os.scandir(path):
-            os.unlink(entry.path)
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return  # removed already, or replaced by something that is not ours
+    try:
+        for name in os.listdir(directory):
+            os.unlink(name, dir_fd=directory)
         path.rmdir()
     except OSError:
-        pass  # removed already, or on a file system that went away: nothing in it outlives its certificates' use
+        pass  # a file system that went away: nothing in it outlives its use
+    finally:
+        os.close(directory)

@@ -23,7 +23,14 @@ from openshell_supervisor.boundary import ladder, probe
 from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.confine import identity as identities
 from openshell_supervisor.confine import launcher
-from openshell_supervisor.confine.identity import Identity
+from openshell_supervisor.confine.identity import Identity, effective_capabilities
+from openshell_supervisor.confine.separation import (
+    can_map,
+    neighbours,
+    user_namespace,
+    writable_code,
+    write_identity_maps,
+)
 from openshell_supervisor.enforcement import Enforcement, Layer, State, Statement
 from openshell_supervisor.errors import BoundaryError, ConfineError, LaunchError, PolicyError
 from openshell_supervisor.policy import yaml_file
@@ -83,6 +90,7 @@ class Settled:
     egress: str
     evidence: dict[str, object]
     privileges: dict[str, Any]
+    gaps: tuple[str, ...] = ()
 
 
 async def run(settings: Settings) -> int:
@@ -129,6 +137,8 @@ async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[R
     """Everything that can fail before the host is touched, in that order; the run directory is removed at the end."""
     # Same-uid processes must not read our memory, environment or descriptors through /proc (prctl(2), PR_SET_DUMPABLE).
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if settings.status_file is not None:
+        report.forget_status(settings.status_file)
     policy = _load_policy(settings, telemetry)
     identity = identities.resolve(_identity_inputs(settings, policy))
     if identity.note:
@@ -260,13 +270,21 @@ async def _settle(prepared: Run, boundary: Boundary, child: Child) -> Settled:
     serving = asyncio.create_task(proxy.serve(boundary.listener), name="proxy")
     settled = Settled(proxy, serving, egress, {}, {})
     try:
-        answer, _ = await child.ask(_confine_request(prepared))
+        separated = await _separate(boundary, child)
+        code = writable_code(prepared.identity) if boundary.isolated else ()
+        answer, _ = await child.ask(_confine_request(prepared, code))
         settled.privileges = answer["privileges"]
+        settled.gaps = _gaps(prepared, child, separated and answer["user_namespace"] != user_namespace(), code, answer)
         finding = await probe.inspect(boundary, child, nonce)
         if not finding.tight:
             what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
             raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
-        settled.evidence = {**boundary.detail, **finding.detail}
+        settled.evidence = {
+            **boundary.detail,
+            **finding.detail,
+            "user_namespace": separated,
+            "gaps": list(settled.gaps),
+        }
         if boundary.watch is not None:
             boundary.watch()
     except BaseException:
@@ -275,10 +293,49 @@ async def _settle(prepared: Run, boundary: Boundary, child: Child) -> Settled:
     return settled
 
 
-def _confine_request(prepared: Run) -> dict[str, Any]:
+async def _separate(boundary: Boundary, child: Child) -> bool:
+    """Give the workload a user namespace besides its network namespace; False where the host does not allow it."""
+    if boundary.detail.get("method") == "userns":
+        return True
+    if not boundary.isolated or not can_map(effective_capabilities()):
+        return False
+    try:
+        await child.ask({"op": "separate"})
+    except LaunchError:
+        return False
+    try:
+        write_identity_maps(child.pid)
+    except OSError as error:
+        raise BoundaryError(
+            f"cannot map users for the workload: {error.strerror}",
+            code="boundary_maps",
+            step="uid_map",
+            errno=error.errno,
+        ) from error
+    return True
+
+
+def _gaps(
+    prepared: Run, child: Child, separated: bool, code: tuple[str, ...], answer: dict[str, Any]
+) -> tuple[str, ...]:
+    """What lets a workload of this identity around its boundary although no packet can: said, never passed over."""
+    gaps = []
+    own = frozenset({os.getpid(), child.pid, prepared.guard.pid})
+    others = [] if separated else neighbours(prepared.identity.uid, own)
+    if others:
+        gaps.append(
+            f"{len(others)} processes of its user run outside, and no user namespace keeps it from their descriptors"
+        )
+    if code and not answer["protected"]:
+        gaps.append(f"it may rewrite code that the supervisor runs ({', '.join(code)})")
+    return tuple(gaps)
+
+
+def _confine_request(prepared: Run, read_only: tuple[str, ...] = ()) -> dict[str, Any]:
     return {
         "op": "confine",
         "identity": prepared.identity.as_plan(),
+        "read_only": list(read_only),
         "cwd": str(prepared.settings.workdir) if prepared.settings.workdir else None,
         "die_with_parent": True,
         "parent": os.getpid(),
@@ -295,6 +352,7 @@ def _statement(prepared: Run, ascent: ladder.Ascent[Child, Settled]) -> Statemen
         egress=settled.egress,
         failures=ascent.failures,
         evidence=settled.evidence,
+        gaps=settled.gaps,
     )
     return Statement.of(
         requested_mode=prepared.settings.network_mode,
@@ -328,10 +386,13 @@ def _other_layers(prepared: Run, policy: SandboxPolicy, privileges: dict[str, An
 
 
 def _privilege_layer(identity: Identity, verified: dict[str, Any]) -> Enforcement:
-    if identity.uid == 0:
+    """From what the launcher verified about itself, never from the plan."""
+    if identity.uid == 0 or verified["uid"] == 0:
         reason = "the workload keeps uid 0, without capabilities: " + (identity.note or "the supervisor runs as root")
         return Enforcement(Layer.PRIVILEGES, State.DEGRADED, reason, detail=verified)
-    reason = f"uid {identity.uid}, gid {identity.gid}, no capabilities, no_new_privs; uid 0 cannot be taken again"
+    if not verified["no_new_privs"] or verified["capabilities"]:
+        return Enforcement(Layer.PRIVILEGES, State.DEGRADED, "capabilities or set-uid programs remain", detail=verified)
+    reason = f"uid {verified['uid']}, gid {verified['gid']}, no capabilities, no_new_privs; uid 0 cannot be taken again"
     return Enforcement(Layer.PRIVILEGES, State.ENFORCED, reason, detail=verified)
 
 

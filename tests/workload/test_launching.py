@@ -39,7 +39,7 @@ async def reaper() -> AsyncIterator[Reaper]:
 
 def confinement(identity: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A `confine` request."""
-    return {"op": "confine", "identity": identity, "cwd": None, "die_with_parent": False, **more}
+    return {"op": "confine", "identity": identity, "cwd": None, "read_only": [], "die_with_parent": False, **more}
 
 
 def making(identity: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def test_drop_is_idempotent_for_a_user_that_fits(wrap: str, open_tmp: pathlib.Pa
         "async def main():\n"
         "    r = Reaper(); r.install(); c = Child.start(r, pathlib.Path(sys.argv[1]))\n"
         "    me = {'uid': os.getuid(), 'gid': os.getgid(), 'groups': None}\n"
-        "    a, _ = await c.ask({'op': 'confine', 'identity': me, 'cwd': None, 'die_with_parent': False})\n"
+        "    a, _ = await c.ask({'op': 'confine', 'identity': me, 'cwd': None, 'read_only': [], 'die_with_parent': False})\n"
         "    print(json.dumps(a)); c.discard()\n"
         "asyncio.run(main())\n"
     )
@@ -234,7 +234,7 @@ async def test_parent_death_ends_the_workload(open_tmp: pathlib.Path) -> None:
         "async def main():\n"
         "    r = Reaper(); r.install(); c = Child.start(r, pathlib.Path(sys.argv[1]))\n"
         "    me = {'uid': os.getuid(), 'gid': os.getgid(), 'groups': None}\n"
-        "    await c.ask({'op': 'confine', 'identity': me, 'cwd': None, 'die_with_parent': True, 'parent': os.getpid()})\n"
+        "    await c.ask({'op': 'confine', 'identity': me, 'cwd': None, 'read_only': [], 'die_with_parent': True, 'parent': os.getpid()})\n"
         "    await c.execute({'op': 'exec', 'argv': ['sleep', '60'], 'env': {'PATH': '/bin:/usr/bin'}})\n"
         "    print(c.pid, flush=True); await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"

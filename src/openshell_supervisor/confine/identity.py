@@ -109,11 +109,15 @@ def _nobody_said(inputs: IdentityInputs) -> Identity:
     return Identity(NOBODY, NOBODY, (), "nobody", "/tmp", f"{account}: running as uid {NOBODY} (nobody)")
 
 
+def effective_capabilities() -> int:
+    """This process's effective capabilities as the kernel's bit mask (proc(5), CapEff)."""
+    with open("/proc/self/status") as status:
+        return next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
+
+
 def _cannot_become(uid: int) -> str:
     """Why this process cannot take another uid, in a few words; empty when it can."""
-    with open("/proc/self/status") as status:
-        effective = next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
-    if effective & IDENTITY_CAPABILITIES != IDENTITY_CAPABILITIES:
+    if effective_capabilities() & IDENTITY_CAPABILITIES != IDENTITY_CAPABILITIES:
         return "CAP_SETUID and CAP_SETGID are missing"
     with open("/proc/self/uid_map") as mapping:
         ranges = [(int(fields[0]), int(fields[2])) for fields in (line.split() for line in mapping)]

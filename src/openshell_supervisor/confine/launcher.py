@@ -7,6 +7,7 @@ import can fail once the identity is dropped. Nothing is logged here; every fail
 
 Requests, in the order of a life (`op` names them):
   enter    where packets can go: "stay", "join" (setns to a passed descriptor) or "make" (a namespace of its own)
+  separate a user namespace of its own, whose maps the supervisor then writes
   confine  identity, capabilities, no_new_privs, resource limits; answers what it verified
   probe    try the ways out, and the proxy, as the workload would; answers one errno (or none) per way
   signal   send a signal with the identity of the workload (the supervisor may lack CAP_KILL)
@@ -43,19 +44,22 @@ CONTROL_FD = 3
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
 
 # Kernel constants, each with its header.
+CLONE_NEWNS = 0x00020000  # linux/sched.h
 CLONE_NEWUSER = 0x10000000  # linux/sched.h
 CLONE_NEWNET = 0x40000000  # linux/sched.h
-PR_SET_PDEATHSIG = 1  # linux/prctl.h, this one and the next seven
+PR_SET_PDEATHSIG = 1  # linux/prctl.h, this one and the next six
 PR_SET_DUMPABLE = 4
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
-PR_GET_NO_NEW_PRIVS = 39
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 LINUX_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 LAST_POSSIBLE_CAP = 63  # two 32-bit words in capset(2)
 CLOSE_RANGE_CLOEXEC = 1 << 2  # linux/close_range.h
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC = 1, 32, 4096, 16384  # linux/mount.h
+# statvfs(3) flags that a remount in a user namespace must repeat, because they are locked there, with their mount(2) twins.
+LOCKED_FLAGS = ((2, 2), (4, 4), (8, 8), (1024, 1024), (2048, 2048), (4096, 1 << 21))
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1  # linux/sockios.h, linux/if.h
 IFREQ_FLAGS = "16sh22x"  # struct ifreq is 40 bytes on every 64-bit ABI
 NSIG = signal.NSIG
@@ -196,6 +200,12 @@ def listen(port: int, backlog: int) -> int:
         return listener.detach()
 
 
+def separate(request: Request, descriptors: list[int]) -> Answer:
+    """A user namespace: without one, a process may take descriptors out of any other of its user (pidfd_getfd(2))."""
+    call("unshare(CLONE_NEWUSER)", libc.unshare, CLONE_NEWUSER)
+    return {}, []
+
+
 # --- confine ---------------------------------------------------------------------------------------------------------------
 
 
@@ -227,15 +237,6 @@ def clear_bounding_set() -> bool:
     return True
 
 
-def capabilities() -> tuple[int, ...]:
-    """(effective, permitted, inheritable) of this thread as integers, from capget(2)."""
-    header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
-    data = ctypes.create_string_buffer(24)
-    call("capget", libc.capget, ctypes.create_string_buffer(header), data)
-    low, high = struct.unpack("=III", data.raw[:12]), struct.unpack("=III", data.raw[12:])
-    return tuple(a | (b << 32) for a, b in zip(low, high, strict=True))
-
-
 def drop_capabilities() -> bool:
     """Empty the bounding, ambient, effective, permitted and inheritable sets; answers whether the bounding set is empty."""
     bounded = clear_bounding_set()
@@ -248,9 +249,9 @@ def drop_capabilities() -> bool:
 def confine(request: Request, descriptors: list[int]) -> Answer:
     """Take the identity for good and give up every privilege; answers what was verified afterwards, not what was asked."""
     identity = {**request["identity"], **({"uid": unmapped[0]} if unmapped else {})}
-    if request.get("cwd"):
-        with step("chdir"):
-            os.chdir(request["cwd"])
+    protected = protect(request["read_only"])
+    with step("chdir"):  # anew in any case: a mount made above does not cover the directory we stand in
+        os.chdir(request["cwd"] or os.getcwd())
     take_identity(identity)
     bounded = drop_capabilities()
     with step("rlimit core"):
@@ -261,30 +262,60 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
         prctl("parent death signal", PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != request["parent"]:
             raise StepError("parent death signal", 0, "the supervisor is gone")
-    return {"privileges": verify_privileges(identity, bounded)}, []
+    facts = verify_privileges(identity, bounded)
+    return {"privileges": facts, "protected": protected, "user_namespace": os.stat("/proc/self/ns/user").st_ino}, []
+
+
+def protect(paths: list[str]) -> bool:
+    """Make directories read-only in a mount namespace of our own, best effort; True when every one of them is."""
+    if not paths:
+        return True
+    if libc.unshare(CLONE_NEWNS) < 0:
+        return False
+    for path in paths:
+        name = os.fsencode(path)
+        flags = sum(twin for flag, twin in LOCKED_FLAGS if os.statvfs(path).f_flag & flag)
+        if libc.mount(name, name, None, ctypes.c_ulong(MS_BIND | MS_REC), None) < 0:
+            return False
+        if libc.mount(None, name, None, ctypes.c_ulong(MS_REMOUNT | MS_BIND | MS_RDONLY | flags), None) < 0:
+            return False
+        if not os.statvfs(path).f_flag & MS_RDONLY:
+            return False
+    return True
 
 
 def verify_privileges(identity: Request, bounded: bool) -> dict[str, object]:
-    """Facts about this process after the drop; raises StepError where one of them is not what was promised."""
-    uid, gid = identity["uid"], identity["gid"]
-    if os.getresuid() != (uid,) * 3 or os.getresgid() != (gid,) * 3:
-        raise StepError("verify identity", 0, f"running as {os.getresuid()}:{os.getresgid()}, promised {uid}:{gid}")
-    if any(capabilities()):
+    """Facts about this process after the drop, read from /proc and not from the calls, which an outer filter may fake.
+
+    Raises StepError where one of them is not what was promised.
+    """
+    with step("verify privileges"), open("/proc/self/status") as status:
+        facts = {name: value.split() for name, _, value in (line.partition(":") for line in status)}
+    uid, gid = str(identity["uid"]), str(identity["gid"])
+    if facts["Uid"] != [uid] * 4 or facts["Gid"] != [gid] * 4:
+        raise StepError("verify identity", 0, f"running as {facts['Uid']}:{facts['Gid']}, promised {uid}:{gid}")
+    wanted = identity["groups"]
+    if wanted is not None and sorted(map(int, facts["Groups"])) != sorted(wanted):
+        raise StepError("verify groups", 0, f"groups are {facts['Groups']}, promised {wanted}")
+    if any(int(facts[name][0], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")):
         raise StepError("verify capabilities", 0, "a capability set is not empty")
-    if uid != 0:
+    if facts["NoNewPrivs"] != ["1"]:
+        raise StepError("verify no_new_privs", 0, "the flag is not set although prctl said so")
+    if uid != "0":
         try:
             os.setuid(0)
         except OSError:
             pass
         else:
-            raise StepError("verify identity", 0, "uid 0 can be taken again")
+            if os.geteuid() == 0:
+                raise StepError("verify identity", 0, "uid 0 can be taken again")
     return {
-        "uid": uid,
-        "gid": gid,
-        "groups": os.getgroups(),
+        "uid": int(uid),
+        "gid": int(gid),
+        "groups": [int(group) for group in facts["Groups"]],
         "capabilities": 0,
-        "bounding_set_empty": bounded,
-        "no_new_privs": libc.prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1,
+        "bounding_set_empty": bounded and int(facts["CapBnd"][0], 16) == 0,
+        "no_new_privs": True,
     }
 
 
@@ -368,7 +399,14 @@ def become(request: Request, descriptors: list[int]) -> Answer:
         os.execvpe(argv[0], argv, environment)
 
 
-OPERATIONS = {"enter": enter, "confine": confine, "probe": probe, "signal": send_signal, "exec": become}
+OPERATIONS = {
+    "enter": enter,
+    "separate": separate,
+    "confine": confine,
+    "probe": probe,
+    "signal": send_signal,
+    "exec": become,
+}
 
 
 def serve(control: socket.socket) -> NoReturn:
@@ -405,7 +443,9 @@ def answer_one(request: Request, descriptors: list[int]) -> Answer:
 
 def main() -> NoReturn:
     """Close everything that was not meant for us, then serve."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a signal meant for the workload ends the launcher without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a signal meant for the workload ends the launcher without a traceback
     if libc.close_range(CONTROL_FD, ctypes.c_uint(0xFFFFFFFF), CLOSE_RANGE_CLOEXEC) < 0:
         for name in os.listdir("/proc/self/fd"):
             if int(name) >= CONTROL_FD:

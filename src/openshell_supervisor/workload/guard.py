@@ -101,14 +101,20 @@ def main() -> None:
             session, inode = int(words[-1][1]), int(words[-1][2])
 
 
-def remove_files(directory: str) -> None:
-    """Remove a run directory and the files in it; what is gone already is no fault."""
+def remove_files(path: str) -> None:
+    """Remove a run directory and the files in it, never through a symbolic link; what is gone already is no fault."""
+    try:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return  # removed by the supervisor's own last step
     try:
         for name in os.listdir(directory):
-            os.unlink(os.path.join(directory, name))
-        os.rmdir(directory)
+            os.unlink(name, dir_fd=directory)
+        os.rmdir(path)
     except OSError:
-        pass  # removed by the supervisor's own last step
+        pass
+    finally:
+        os.close(directory)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""What keeps a workload from processes and files of its own user outside: a user namespace, and code it cannot rewrite.
+
+A network namespace alone does not: a process may take descriptors out of any other process of its user (pidfd_getfd(2),
+ptrace(2)), and a supervisor that runs as the workload's user runs code that the workload may write. A user namespace closes the
+first (the kernel's ptrace check asks for capabilities in the target's namespace), read-only mounts in it the second.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from openshell_supervisor.confine.identity import Identity
+
+# linux/capability.h: to map all users for a child, its parent needs CAP_SETUID and CAP_SETGID; CAP_SYS_ADMIN makes it the
+# master of a namespace whose owner it is not.
+MAPPING_CAPABILITIES = (1 << 6) | (1 << 7) | (1 << 21)
+
+
+def can_map(effective: int) -> bool:
+    """True when a process with these effective capabilities may write another process's user maps (user_namespaces(7))."""
+    return effective & MAPPING_CAPABILITIES == MAPPING_CAPABILITIES
+
+
+def write_identity_maps(pid: int) -> None:
+    """Map every user and group of this namespace to itself in the namespace of `pid`. Raises OSError.
+
+    Without CAP_SETFCAP the kernel refuses to map uid 0 (kernel/user_namespace.c, verify_root_map); then all others are mapped.
+    """
+    for kind in ("uid", "gid"):
+        extents = [tuple(map(int, line.split())) for line in Path(f"/proc/self/{kind}_map").read_text().splitlines()]
+        target = Path(f"/proc/{pid}/{kind}_map")
+        try:
+            target.write_text(_lines((first, count) for first, _, count in extents))
+        except PermissionError:
+            target.write_text(_lines(_without_zero(first, count) for first, _, count in extents))
+
+
+def _without_zero(first: int, count: int) -> tuple[int, int]:
+    return (first, count) if first > 0 else (1, count - 1)
+
+
+def _lines(extents: Iterable[tuple[int, int]]) -> str:
+    return "\n".join(f"{first} {first} {count}" for first, count in extents if count > 0)
+
+
+def user_namespace() -> int:
+    """The inode of this process's user namespace."""
+    return Path("/proc/self/ns/user").stat().st_ino
+
+
+def neighbours(uid: int, own: frozenset[int]) -> list[int]:
+    """The processes of user `uid` that are not `own`: what a workload without a user namespace of its own could take from."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and int(entry.name) not in own and entry.stat().st_uid == uid:
+                found.append(int(entry.name))
+        except OSError:
+            continue  # it ended while we looked
+    return found
+
+
+def writable_code(identity: Identity) -> tuple[str, ...]:
+    """The directories that the supervisor runs code from and that the workload's user could change; outermost ones only."""
+    package = Path(__file__).resolve().parent.parent
+    candidates = {package, Path(sys.prefix), Path(sys.base_prefix), *(Path(entry) for entry in sys.path if entry)}
+    writable = sorted(
+        {str(path.resolve()) for path in candidates if path.is_dir() and _may_write(path.resolve(), identity)}
+    )
+    return tuple(path for path in writable if not any(path.startswith(other + "/") for other in writable))
+
+
+def _may_write(path: Path, identity: Identity) -> bool:
+    """May `identity` change `path`, a file right in it, or a directory on the way to it? By owner and mode bits."""
+    groups = {identity.gid, *(identity.groups or (() if os.geteuid() == 0 else os.getgroups()))}
+    for one in (path, *path.parents, *_sample(path)):
+        status = one.lstat()
+        if status.st_uid == identity.uid:
+            return True
+        shared = status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid in groups)
+        if (
+            shared
+            and not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX)
+            and not stat.S_ISLNK(status.st_mode)
+        ):
+            return True
+    return False
+
+
+def _sample(path: Path) -> Iterable[Path]:
+    """What lies directly in a code directory: a root-owned directory may hold files of another user."""
+    try:
+        return list(path.iterdir())
+    except OSError:
+        return []

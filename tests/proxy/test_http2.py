@@ -311,3 +311,79 @@ async def test_events_hold_no_query_and_are_json(root: support.TestAuthority) ->
         assert "hunter2" not in json.dumps(proxy.log.events) and not proxy.log.matching("hunter2")
         assert len(proxy.log.decisions()) == 4
     await upstream.stop()
+
+
+FRAMINGS = {
+    b"/ok/length": b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc",
+    b"/ok/chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n2\r\nbc\r\n0\r\n\r\n",
+    b"/ok/204": b"HTTP/1.1 204 No Content\r\n\r\n",
+    b"/ok/304": b"HTTP/1.1 304 Not Modified\r\nContent-Length: 3\r\n\r\n",
+    b"/ok/zero": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+async def test_every_framing_keeps_the_connection_in_step() -> None:
+    """Length, chunks, no body at all, HEAD: one kept connection stays in step through all of them; the end of stream last."""
+
+    def reply(head: bytes, body: bytes) -> bytes:
+        path = head.split(b" ")[1]
+        answer = FRAMINGS[path]
+        return answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if head.startswith(b"HEAD") else answer
+
+    upstream = await Upstream(answering(reply)).start()
+    policy = policy_for(f"host: api.test, port: {upstream.port}, protocol: rest, enforcement: enforce, access: full")
+    async with running(policy, pins=PINS) as proxy:
+        reader, writer = await proxy.connect("api.test", upstream.port)
+        for _ in range(2):
+            for path, answer in FRAMINGS.items():
+                for method in (b"GET", b"HEAD"):
+                    writer.write(method + b" " + path + b" HTTP/1.1\r\nHost: api.test:%d\r\n\r\n" % upstream.port)
+                    head, _, body = answer.partition(b"\r\n\r\n")
+                    got = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+                    assert got.split(b"\r\n")[0] == head.split(b"\r\n")[0]
+                    if method == b"GET":
+                        assert await asyncio.wait_for(reader.readexactly(len(body)), 5) == body
+        assert upstream.connections == 1
+        writer.close()
+    await upstream.stop()
+
+
+async def test_until_close_and_early_answers() -> None:
+    """A response without framing ends with the connection; an early 413 reaches a client that is still sending."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET"):
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\nuntil the end")
+        else:
+            writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig")
+            await writer.drain()
+            await reader.read(1000)
+            await asyncio.sleep(0.3)
+
+    upstream = await Upstream(script).start()
+    async with running(policy_for(rest(upstream.port)), pins=PINS) as proxy:
+        url = b"http://api.test:%d/ok/1" % upstream.port
+        answer = await proxy.raw(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % url)
+        assert answer.endswith(b"\r\n\r\nuntil the end")
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" % url + bytes(1000))
+        async with asyncio.timeout(5):
+            assert (await reader.readuntil(b"big")).startswith(b"HTTP/1.1 413")
+        writer.close()
+    await upstream.stop()
+
+
+async def test_a_tls_upstream_that_closed_is_dialled_again(root: support.TestAuthority) -> None:
+    """After the upstream closed a kept TLS connection the next request of the same tunnel makes a new, verified one."""
+    upstream = await Upstream(answering(echo_head)).start(root.server_context("api.test"))
+    async with running(policy_for(rest(upstream.port)), pins=PINS, upstream_ca=root.file) as proxy:
+        reader, writer = await proxy.connect_tls("api.test", upstream.port)
+        for number in (1, 2):
+            writer.write(b"GET /ok/%d HTTP/1.1\r\nHost: api.test:%d\r\n\r\n" % (number, upstream.port))
+            await asyncio.wait_for(reader.readuntil(b"|"), 5)
+            assert upstream.server is not None and upstream.connections == number
+            upstream.server.close_clients()
+            await asyncio.sleep(0.2)
+        writer.close()
+    await upstream.stop()

@@ -25,7 +25,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE.parent / "e2e"))
 
-import hosts
+import hosts  # noqa: E402  (its directory was just added)
 
 UID = 64007  # the attacker; not hosts.THROWAWAY_UID, so that other tests' processes are never in its reach
 PUBLIC, METADATA, PUBLIC6 = "203.0.113.7", "169.254.169.254", "2001:db8::7"

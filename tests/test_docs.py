@@ -60,7 +60,7 @@ def constants(keyword: str, places: dict[str, int]) -> set[str]:
 def reason_ids() -> set[str]:
     """The reason ids of Python and Rego."""
     rego = "\n".join(path.read_text("utf-8") for path in (ROOT / "src").rglob("*.rego"))
-    named = set(re.findall(r'"reason_id": "([a-z_]+)"', rego)) | set(re.findall(r'reason_id\s*:=\s*"([a-z_]+)"', rego))
+    named = set(re.findall(r'"reason_id": "([a-z_]+)"', rego)) | set(re.findall(r'else := "([a-z]+_[a-z_]+)"', rego))
     for path in SOURCES:
         named |= set(re.findall(r'"reason_id": "([a-z_]+)"', path.read_text("utf-8")))
         named |= set(re.findall(r'reason_id == "([a-z_]+)"', path.read_text("utf-8")))

@@ -25,8 +25,8 @@ _HEAD = re.compile(
     + rb":[\t\x20-\x7e\x80-\xff]*+\r\n)*+)\r\n"
 )
 _TOKEN_ONLY = re.compile(_TOKEN)
-# 18 digits stay below 2**63, whatever reads the number next.
-_LENGTH = re.compile(rb"[0-9]{1,18}")
+# No leading zeros, and 18 digits stay below 2**63, whatever reads the number next.
+_LENGTH = re.compile(rb"0|[1-9][0-9]{0,17}")
 _SAFE_FIELD = re.compile(_TOKEN + rb"\x00[\t\x20-\x7e\x80-\xff]*+")
 _PROTECTED_OPTIONS = frozenset({b"host", b"content-length", b"transfer-encoding"})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import socket
 import struct
 
@@ -385,5 +386,41 @@ async def test_a_tls_upstream_that_closed_is_dialled_again(root: support.TestAut
             assert upstream.server is not None and upstream.connections == number
             upstream.server.close_clients()
             await asyncio.sleep(0.2)
+        writer.close()
+    await upstream.stop()
+
+
+async def test_random_frames_cannot_crash_the_core(root: support.TestAuthority) -> None:
+    """150 HTTP/2 connections with damaged frames: refused or reset, never a crash; a good client is served afterwards."""
+    chance = random.Random(20261122)
+    upstream = await Upstream(h2_upstream).start(root.server_context("api.test", ("h2",)))
+    authority = f"api.test:{upstream.port}"
+    async with running(policy_for(rest(upstream.port)), pins=PINS, upstream_ca=root.file) as proxy:
+
+        async def one() -> None:
+            reader, writer = await proxy.connect_tls("api.test", upstream.port, "h2")
+            client = H2Client(reader, writer)
+            for _ in range(chance.randint(1, 4)):
+                end = chance.random() < 0.5
+                stream = client.ask(chance.choice(["/ok/1", "/secret", "/ok/big", "x"]), authority, end=end)
+                if not end:
+                    client.conn.send_data(stream, b"x" * chance.randint(0, 100), end_stream=chance.random() < 0.5)
+                if chance.random() < 0.3:
+                    client.conn.reset_stream(stream)
+                data = bytearray(client.conn.data_to_send())
+                for _ in range(chance.randint(0, 3)):
+                    if data:
+                        data[chance.randrange(len(data))] = chance.randrange(256)
+                writer.write(bytes(data))
+            with contextlib.suppress(ConnectionError, TimeoutError, support.ssl.SSLError):
+                await asyncio.wait_for(reader.read(1 << 20), 0.2)
+            writer.transport.abort()
+
+        for _ in range(10):
+            await asyncio.gather(*(one() for _ in range(15)))
+        reader, writer = await proxy.connect_tls("api.test", upstream.port, "h2")
+        good = H2Client(reader, writer)
+        good.ask("/ok/1", authority)
+        await good.events(h2.events.StreamEnded)
         writer.close()
     await upstream.stop()

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import resource
 import secrets
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -24,6 +25,7 @@ from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.confine import identity as identities
 from openshell_supervisor.confine import launcher
 from openshell_supervisor.confine.identity import Identity, effective_capabilities
+from openshell_supervisor.confine.seccomp import vsock_filter
 from openshell_supervisor.confine.separation import (
     can_map,
     neighbours,
@@ -48,6 +50,7 @@ from openshell_supervisor.verdict.decide import Generation, build_generation
 from openshell_supervisor.verdict.engines.embedded import EngineError
 from openshell_supervisor.workload import environ, process
 from openshell_supervisor.workload.child import Child
+from openshell_supervisor.workload.guard import Mark
 from openshell_supervisor.workload.reaper import Reaper, become_subreaper
 from openshell_supervisor.workload.terminal import Terminal
 
@@ -75,6 +78,7 @@ class Run:
     terminal: Terminal | None
     launchers: list[Child]
     guard: process.Guard
+    open_files: tuple[int, int]
 
     def new_launcher(self) -> Child:
         """A launcher; the first was started early, so that its interpreter's start overlaps with ours."""
@@ -90,6 +94,7 @@ class Settled:
     egress: str
     evidence: dict[str, object]
     privileges: dict[str, Any]
+    user_namespace: int = 0
     gaps: tuple[str, ...] = ()
 
 
@@ -144,6 +149,7 @@ async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[R
     if identity.note:
         telemetry.config("validated", f"Workload identity: {identity.note}", uid=identity.uid, gid=identity.gid)
     _check_pid_limit(settings)
+    limit = _raise_open_files()
     reaper = Reaper()
     become_subreaper()
     reaper.install()
@@ -158,7 +164,16 @@ async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[R
         stack.callback(_discard_all, launchers)
         authority = asyncio.create_task(asyncio.to_thread(CertificateAuthority.create))
         generation = build_generation(policy, 1)
-        yield Run(settings, telemetry, reaper, generation, identity, directory, authority, terminal, launchers, guard)
+        yield Run(
+            settings, telemetry, reaper, generation, identity, directory, authority, terminal, launchers, guard, limit
+        )
+
+
+def _raise_open_files() -> tuple[int, int]:
+    """Raise our own limit on descriptors as far as it goes; answers what it was, for the workload. A tunnel takes six."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft, hard
 
 
 def _discard_all(launchers: list[Child]) -> None:
@@ -274,7 +289,9 @@ async def _settle(prepared: Run, boundary: Boundary, child: Child) -> Settled:
         code = writable_code(prepared.identity) if boundary.isolated else ()
         answer, _ = await child.ask(_confine_request(prepared, code))
         settled.privileges = answer["privileges"]
-        settled.gaps = _gaps(prepared, child, separated and answer["user_namespace"] != user_namespace(), code, answer)
+        separated = separated and answer["user_namespace"] != user_namespace()
+        settled.user_namespace = answer["user_namespace"] if separated else 0
+        settled.gaps = _gaps(prepared, child, separated, code, answer)
         finding = await probe.inspect(boundary, child, nonce)
         if not finding.tight:
             what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
@@ -336,6 +353,8 @@ def _confine_request(prepared: Run, read_only: tuple[str, ...] = ()) -> dict[str
         "op": "confine",
         "identity": prepared.identity.as_plan(),
         "read_only": list(read_only),
+        "filters": [program.hex() for program in (vsock_filter(),) if program],
+        "open_files": prepared.open_files,
         "cwd": str(prepared.settings.workdir) if prepared.settings.workdir else None,
         "die_with_parent": True,
         "parent": os.getpid(),
@@ -405,7 +424,8 @@ async def _run_workload(prepared: Run, boundary: Boundary, child: Child, settled
         signal_as=lambda group, number: _signal_as(prepared, group, number),
     )
     workload.forward_signals()
-    prepared.guard.watch(child.pid, boundary.netns_inode)
+    mark = Mark(child.pid, boundary.netns_inode or 0, settled.user_namespace)
+    prepared.guard.watch(mark)
     on_loss: Callable[[asyncio.Task[None]], None] = lambda task: _proxy_lost(task, workload)  # noqa: E731
     settled.serving.add_done_callback(on_loss)
     warming: asyncio.Task[None] | None = None
@@ -427,7 +447,7 @@ async def _run_workload(prepared: Run, boundary: Boundary, child: Child, settled
         settled.serving.remove_done_callback(on_loss)
         if warming is not None:
             warming.cancel()
-        left = await process.clear_away(child.pid, boundary.netns_inode, frozenset({prepared.guard.pid}))
+        left = await process.clear_away(mark, frozenset({prepared.guard.pid}))
         if left:
             log.warning("processes of the workload could not be ended", pids=left)
 

@@ -50,8 +50,9 @@ def argv(
     options: Sequence[str] = (),
     *,
     executable: str | None = None,
+    records: bool = True,
 ) -> list[str]:
-    """The command line of a run whose files all lie in `directory`."""
+    """The command line of a run whose files all lie in `directory`; without `records`, no status and event files."""
     (directory / "policy.yaml").write_text(policy)
     base = [
         executable or sys.executable,
@@ -61,7 +62,8 @@ def argv(
         "--policy",
         str(directory / "policy.yaml"),
     ]
-    base += ["--status-file", str(directory / "status.json"), "--ocsf-file", str(directory / "events.jsonl")]
+    if records:
+        base += ["--status-file", str(directory / "status.json"), "--ocsf-file", str(directory / "events.jsonl")]
     return [*base, *options, "--", *command]
 
 

@@ -39,7 +39,8 @@ async def reaper() -> AsyncIterator[Reaper]:
 
 def confinement(identity: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A `confine` request."""
-    return {"op": "confine", "identity": identity, "cwd": None, "read_only": [], "die_with_parent": False, **more}
+    plain = {"cwd": None, "read_only": [], "filters": [], "open_files": None, "die_with_parent": False}
+    return {"op": "confine", "identity": identity, **plain, **more}
 
 
 def making(identity: dict[str, Any]) -> dict[str, Any]:
@@ -132,11 +133,11 @@ def test_drop_is_idempotent_for_a_user_that_fits(wrap: str, open_tmp: pathlib.Pa
         "async def main():\n"
         "    r = Reaper(); r.install(); c = Child.start(r, pathlib.Path(sys.argv[1]))\n"
         "    me = {'uid': os.getuid(), 'gid': os.getgid(), 'groups': None}\n"
-        "    a, _ = await c.ask({'op': 'confine', 'identity': me, 'cwd': None, 'read_only': [], 'die_with_parent': False})\n"
+        "    a, _ = await c.ask({**json.loads(sys.argv[2]), 'identity': me})\n"
         "    print(json.dumps(a)); c.discard()\n"
         "asyncio.run(main())\n"
     )
-    argv = [sys.executable, str(script), str(LAUNCHER)]
+    argv = [sys.executable, str(script), str(LAUNCHER), json.dumps(confinement(SELF))]
     done = hosts.run(hosts.unprivileged(argv) if wrap == "unprivileged" else argv)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["privileges"]["no_new_privs"] is True
@@ -228,18 +229,20 @@ async def test_parent_death_ends_the_workload(open_tmp: pathlib.Path) -> None:
     """When the supervisor is killed, the kernel kills the workload's first process."""
     script = open_tmp / "parent.py"
     script.write_text(
-        "import asyncio, os, sys, pathlib\n"
+        "import asyncio, json, os, sys, pathlib\n"
         "from openshell_supervisor.workload.child import Child\n"
         "from openshell_supervisor.workload.reaper import Reaper\n"
         "async def main():\n"
         "    r = Reaper(); r.install(); c = Child.start(r, pathlib.Path(sys.argv[1]))\n"
         "    me = {'uid': os.getuid(), 'gid': os.getgid(), 'groups': None}\n"
-        "    await c.ask({'op': 'confine', 'identity': me, 'cwd': None, 'read_only': [], 'die_with_parent': True, 'parent': os.getpid()})\n"
+        "    await c.ask({**json.loads(sys.argv[2]), 'identity': me, 'die_with_parent': True, 'parent': os.getpid()})\n"
         "    await c.execute({'op': 'exec', 'argv': ['sleep', '60'], 'env': {'PATH': '/bin:/usr/bin'}})\n"
         "    print(c.pid, flush=True); await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
-    parent = subprocess.Popen([sys.executable, str(script), str(LAUNCHER)], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(LAUNCHER), json.dumps(confinement(SELF))], stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     assert pathlib.Path(f"/proc/{pid}/comm").read_text().strip() == "sleep"

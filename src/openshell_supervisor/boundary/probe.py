@@ -141,7 +141,12 @@ async def inspect(boundary: Boundary, launcher: Launcher, nonce: str) -> Finding
         return _judge([], answer, nonce)
     with canaries(boundary) as opened:
         outside = {"kind": "tcp", "address": list(OUTSIDE), "token": ""}
-        request["ways"] = [*({"kind": c.kind, "address": list(c.address), "token": c.token} for c in opened), outside]
+        vsock = {"kind": "vsock", "address": ["socket"], "token": ""}
+        request["ways"] = [
+            *({"kind": c.kind, "address": list(c.address), "token": c.token} for c in opened),
+            outside,
+            vsock,
+        ]
         answer, _ = await launcher.ask(request)
         return _judge(opened, answer, nonce)
 
@@ -162,6 +167,8 @@ def _judge(opened: list[Canary], answer: dict[str, Any], nonce: str) -> Finding:
             tried[name] = "sent, not received"
     if tried.get(_name({"kind": "tcp", "address": OUTSIDE})) == "opened":
         leaks.append(f"tcp {OUTSIDE[0]}:{OUTSIDE[1]}")
+    if tried.get("vsock socket") == "opened":
+        leaks.append("AF_VSOCK sockets, which no network namespace holds (vsock(7))")
     detail: dict[str, object] = {"probed": True, "canaries": len(opened), "tried": tried, "proxy_answered": answered}
     if not answered:
         detail["proxy_errno"] = errno_name(answer["proxy"]["errno"])

@@ -47,8 +47,9 @@ MAX_REQUEST_BYTES = 16 * 1024 * 1024
 CLONE_NEWNS = 0x00020000  # linux/sched.h
 CLONE_NEWUSER = 0x10000000  # linux/sched.h
 CLONE_NEWNET = 0x40000000  # linux/sched.h
-PR_SET_PDEATHSIG = 1  # linux/prctl.h, this one and the next six
+PR_SET_PDEATHSIG = 1  # linux/prctl.h, this one and the next seven
 PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
@@ -56,6 +57,7 @@ PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 LINUX_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 LAST_POSSIBLE_CAP = 63  # two 32-bit words in capset(2)
+SECCOMP_MODE_FILTER = 2  # linux/seccomp.h
 CLOSE_RANGE_CLOEXEC = 1 << 2  # linux/close_range.h
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC = 1, 32, 4096, 16384  # linux/mount.h
 # statvfs(3) flags that a remount in a user namespace must repeat, because they are locked there, with their mount(2) twins.
@@ -254,8 +256,10 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
         os.chdir(request["cwd"] or os.getcwd())
     take_identity(identity)
     bounded = drop_capabilities()
-    with step("rlimit core"):
+    with step("resource limits"):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if request["open_files"] is not None:  # the supervisor raised its own; the workload gets what it would have had
+            resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["open_files"]))
     prctl("no_new_privs", PR_SET_NO_NEW_PRIVS, 1)
     if request.get("die_with_parent"):
         # Cleared by the kernel when credentials change, hence here; checked once, because the parent may be gone by now.
@@ -263,7 +267,16 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
         if os.getppid() != request["parent"]:
             raise StepError("parent death signal", 0, "the supervisor is gone")
     facts = verify_privileges(identity, bounded)
-    return {"privileges": facts, "protected": protected, "user_namespace": os.stat("/proc/self/ns/user").st_ino}, []
+    filtered = all(install_filter(bytes.fromhex(program)) for program in request["filters"])
+    user_namespace = os.stat("/proc/self/ns/user").st_ino
+    return {"privileges": facts, "protected": protected, "filtered": filtered, "user_namespace": user_namespace}, []
+
+
+def install_filter(program: bytes) -> bool:
+    """Install one BPF program (struct sock_fprog, linux/filter.h); False where the host has no seccomp filters."""
+    instructions = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("=H6xQ", len(program) // 8, ctypes.addressof(instructions))
+    return bool(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.create_string_buffer(header), 0, 0) == 0)
 
 
 def protect(paths: list[str]) -> bool:
@@ -331,7 +344,16 @@ def probe(request: Request, descriptors: list[int]) -> Answer:
 
 
 def attempt(way: Request, timeout: float) -> int | None:
-    """Try one way {kind: tcp|udp|unix, address}; None when it opened, else the errno (ETIMEDOUT after `timeout` seconds)."""
+    """Try one way {kind: tcp|udp|unix|vsock, address}; None when it opened, else the errno (ETIMEDOUT after `timeout` s).
+
+    For vsock, opening is being able to have such a socket at all: nobody outside is talked to.
+    """
+    if way["kind"] == "vsock":
+        try:
+            socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
+        except OSError as error:
+            return error.errno
+        return None
     family = {"unix": socket.AF_UNIX}.get(way["kind"]) or (
         socket.AF_INET6 if ":" in way["address"][0] else socket.AF_INET
     )

@@ -95,9 +95,11 @@ ADDITION_VARIABLES = (
 # Outrank the above in npm, which reads its settings in any case: one certificate inline, and the same file spelled otherwise.
 OUTRANKING_TRUST_VARIABLES = frozenset(("npm_config_ca", "npm_config_cafile"))
 # Switches that make a client look at the above. Node's fetch and https ask the environment for a proxy from 22.21 and 24 on,
-# and only with the first; uv reads the system's roots (and with them SSL_CERT_FILE) with one of the others, by version.
+# and only with this one.
 SWITCHES = {"NODE_USE_ENV_PROXY": "1"}
-TRUST_SWITCHES = {"UV_NATIVE_TLS": "true", "UV_SYSTEM_CERTS": "true"}
+# The same for roots: uv reads the system's, and with them SSL_CERT_FILE, with one of the first two, by version; Node.js from
+# 22.19 and 24.6 on with the third, so that it verifies what nobody inspects as the other clients do, by the whole bundle.
+TRUST_SWITCHES = {"UV_NATIVE_TLS": "true", "UV_SYSTEM_CERTS": "true", "NODE_USE_SYSTEM_CA": "1"}
 
 
 @dataclass(frozen=True, slots=True)

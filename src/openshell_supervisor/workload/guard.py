@@ -1,11 +1,12 @@
 """The guard: ends every process of the workload when the supervisor is gone, however it went.
 
 A parent-death signal reaches only the workload's first process. The guard holds the other end of a socket to the supervisor;
-when that closes without a word, it kills what lives in the workload's network namespace, or in its session where the
-namespace is shared, and removes the run directory. It runs as a process of its own (`python -I -S -B guard.py RUN_DIR`,
+when that closes without a word, it kills what lives in the workload's namespaces or in its session, and removes the run
+directory. It runs as a process of its own (`python -I -S -B guard.py RUN_DIR`,
 socket as descriptor 3), on the standard library alone; `end_all` is also what the supervisor calls at an orderly end.
 """
 
+import fcntl
 import os
 import signal
 import sys
@@ -15,13 +16,24 @@ import time
 # (state D, proc(5)) cannot be waited out anyway.
 MAX_PASSES = 50
 PAUSE_SECONDS = 0.01
+NS_GET_PARENT = 0xB702  # linux/nsfs.h
 
 
-def members(session: int, inode: int | None, root: int | None) -> list[int]:
-    """The pids that belong to the workload: same session, same network namespace (by inode), or descendants of `root`.
+class Mark:
+    """How the workload's processes are known: session of the first one, and its namespaces by inode (0: shared with us)."""
 
-    `session` is the first process's pid, which is its session's id. A namespace that may not be read (another user, no
-    CAP_SYS_PTRACE) counts as foreign; the other two criteria need no privilege. Zombies are left out.
+    def __init__(self, session: int, network: int, user: int) -> None:
+        self.session = session
+        self.network = network
+        self.user = user
+
+
+def members(mark: Mark, root: int | None) -> list[int]:
+    """The pids that belong to the workload: its session, its network namespace, its user namespace or one below that, or
+    descendants of `root`.
+
+    A namespace that may not be looked at (another user, no CAP_SYS_PTRACE) counts as foreign; session and descent need no
+    privilege. Zombies are left out. Raises OSError when /proc cannot be listed.
     """
     parents: dict[int, int] = {}
     found: set[int] = set()
@@ -37,18 +49,33 @@ def members(session: int, inode: int | None, root: int | None) -> list[int]:
         if state in (b"Z", b"X"):
             continue
         parents[pid] = int(parent)
-        if int(its_session) == session or (inode is not None and _namespace(name) == inode):
+        if int(its_session) == mark.session or _in_namespaces(name, mark):
             found.add(pid)
     if root is not None:
         found |= {pid for pid in parents if _descends(pid, root, parents)}
     return sorted(found)
 
 
-def _namespace(name: str) -> int | None:
+def _in_namespaces(name: str, mark: Mark) -> bool:
     try:
-        return os.stat(f"/proc/{name}/ns/net").st_ino
+        if mark.network and os.stat(f"/proc/{name}/ns/net").st_ino == mark.network:
+            return True
+        return bool(mark.user) and _below(f"/proc/{name}/ns/user", mark.user)
     except OSError:
-        return None
+        return False
+
+
+def _below(path: str, ancestor: int) -> bool:
+    """Is the user namespace at `path` the one with inode `ancestor`, or below it? (ioctl_ns(2), NS_GET_PARENT)"""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while os.fstat(descriptor).st_ino != ancestor:
+            parent = fcntl.ioctl(descriptor, NS_GET_PARENT)  # EPERM at our own namespace: there is no way further up
+            os.close(descriptor)
+            descriptor = parent
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def _descends(pid: int, root: int, parents: dict[int, int]) -> bool:
@@ -61,11 +88,15 @@ def _descends(pid: int, root: int, parents: dict[int, int]) -> bool:
     return False
 
 
-def end_all(session: int, inode: int | None, root: int | None = None, spare: frozenset[int] = frozenset()) -> list[int]:
+def end_all(mark: Mark, root: int | None = None, spare: frozenset[int] = frozenset()) -> list[int]:
     """SIGKILL every member until none is left; answers those that could not be ended. Blocks for 0.5 s at the most."""
     left: list[int] = []
     for _ in range(MAX_PASSES):
-        left = [pid for pid in members(session, inode, root) if pid not in spare]
+        try:
+            left = [pid for pid in members(mark, root) if pid not in spare]
+        except OSError:  # out of descriptors, which the workload's end gives back: the next pass will see
+            time.sleep(PAUSE_SECONDS)
+            continue
         if not left:
             return []
         for pid in left:
@@ -82,23 +113,21 @@ def end_all(session: int, inode: int | None, root: int | None = None, spare: fro
 def main() -> None:
     """Wait for the supervisor's word or its end; only the latter makes the guard act.
 
-    Lines on the socket: `watch SESSION INODE` names the workload (the last one counts; inode 0 means a shared namespace),
-    `done` says that the end was orderly.
+    Lines on the socket: `watch SESSION NETWORK USER` names the workload (the last one counts), `done` says that the end was
+    orderly.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # the group's signals are for the supervisor; the guard goes last
-    session, inode, text = 0, 0, b""
+    text = b""
     while not text.endswith(b"done\n"):
         data = os.read(3, 4096)
         if not data:
-            if session:
-                end_all(session, inode or None)
+            watched = [line.split()[1:] for line in text.split(b"\n")[:-1] if line.startswith(b"watch ")]
+            if watched:
+                end_all(Mark(*(int(number) for number in watched[-1])))
             remove_files(sys.argv[1])
             return
         text += data
-        words = [line.split() for line in text.split(b"\n") if line.startswith(b"watch ")]
-        if words and len(words[-1]) == 3 and text.endswith(b"\n"):
-            session, inode = int(words[-1][1]), int(words[-1][2])
 
 
 def remove_files(path: str) -> None:

@@ -19,6 +19,7 @@ from openshell_supervisor.errors import EXIT_TIMEOUT, LaunchError
 from openshell_supervisor.telemetry.plain_log import LateLogger
 from openshell_supervisor.workload import guard
 from openshell_supervisor.workload.child import Child, interpreter
+from openshell_supervisor.workload.guard import Mark
 from openshell_supervisor.workload.reaper import Reaper
 from openshell_supervisor.workload.terminal import Terminal
 
@@ -146,9 +147,9 @@ class Guard:
             theirs.close()
         return cls(pid, ours)
 
-    def watch(self, session: int, inode: int | None) -> None:
-        """Tell it whom to end; `inode` is the workload's network namespace, None where that is shared."""
-        self._say(f"watch {session} {inode or 0}\n")
+    def watch(self, mark: Mark) -> None:
+        """Tell it whom to end."""
+        self._say(f"watch {mark.session} {mark.network} {mark.user}\n")
 
     @property
     def pid(self) -> int:
@@ -168,9 +169,9 @@ class Guard:
             log.warning("the guard is gone", error=error.strerror)
 
 
-async def clear_away(session: int, inode: int | None, spare: frozenset[int]) -> list[int]:
+async def clear_away(mark: Mark, spare: frozenset[int]) -> list[int]:
     """End every process the workload left behind; answers those that could not be ended. Off the loop: it scans /proc."""
-    return await asyncio.to_thread(guard.end_all, session, inode, os.getpid(), spare)
+    return await asyncio.to_thread(guard.end_all, mark, os.getpid(), spare)
 
 
 async def run_attached(child: Child, request: Mapping[str, Any], terminal: Terminal | None) -> None:

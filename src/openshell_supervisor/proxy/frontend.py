@@ -102,7 +102,7 @@ class Proxy:
     async def serve(self, listener: socket.socket) -> None:
         """Accept on a bound, listening socket until cancelled or drained; the caller closes the socket.
 
-        Returns after `drain`; raises `OSError` when the socket is not usable.
+        Returns after `drain`; raises `OSError` when the socket is not usable. Connections already accepted go on until `drain`.
         """
         listener.setblocking(False)
         self._announce(listener)
@@ -197,6 +197,7 @@ class Proxy:
         try:
             with contextlib.suppress(OSError):  # a Unix socket has no Nagle
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             await self._first_request(client, source)
         except (ConnectionError, TimeoutError):
             return  # the client went away, or never took its answer

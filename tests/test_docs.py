@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from openshell_supervisor import cli, settings
-from openshell_supervisor.policy.yaml_file import load
+from openshell_supervisor.policy.yaml_file import load, parse
 from openshell_supervisor.workload import environ
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -27,6 +27,11 @@ REASON_ARGUMENT = {"failure": 1, "Denial": 1, "TargetError": 0, "_denied": 0}
 def text(name: str) -> str:
     """A document of this repository."""
     return (ROOT / name).read_text("utf-8")
+
+
+def text_of(path: pathlib.Path) -> str:
+    """A document, by its path."""
+    return path.read_text("utf-8")
 
 
 def words(document: str) -> set[str]:
@@ -126,6 +131,22 @@ def test_examples_are_policies_that_hold(path: pathlib.Path) -> None:
     endpoints = [endpoint for rule in loaded.policy.network_policies.values() for endpoint in rule.endpoints]
     assert endpoints
     assert all(endpoint.enforced for endpoint in endpoints if endpoint.inspected)
+
+
+def policies_in_documents() -> list[tuple[str, str]]:
+    """Each fenced YAML block that is a whole policy, with its document's name."""
+    blocks = [
+        (path.name, block)
+        for path in DOCUMENTS
+        for block in re.findall(r"^```yaml\n(.*?)^```", text_of(path), re.M | re.S)
+    ]
+    return [(name, block) for name, block in blocks if block.startswith("version:")]
+
+
+@pytest.mark.parametrize(("name", "block"), policies_in_documents())
+def test_policies_in_documents_hold(name: str, block: str) -> None:
+    """A policy that a reader would copy loads without a warning."""
+    assert parse(block, name).warnings == ()
 
 
 def shell_lines(document: str) -> Iterator[str]:

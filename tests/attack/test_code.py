@@ -19,7 +19,8 @@ import hosts
 pytestmark = pytest.mark.root
 # Imported only once the workload runs; `{port}` is a witness outside.
 PAYLOAD = "import socket as _s\n_s.create_connection(('127.0.0.1', {port}), 2).sendall(b'OWNED')\n"
-ATTACKER = """
+ATTACKER = (
+    """
 import os, pathlib, shutil, socket, sys, time
 home, port, how = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 payload = {payload!r}.format(port=port)
@@ -70,7 +71,10 @@ with socket.create_connection(("127.0.0.1", 3128), 5) as sock:
     sock.sendall(b"GET http://denied.test/ HTTP/1.1" + b"\\r\\nHost: denied.test" + b"\\r\\n\\r\\n")
     print("proxy", sock.recv(12), flush=True)
 time.sleep(0.5)
-""".replace("{payload!r}", repr(PAYLOAD)).replace("{{", "{").replace("}}", "}")
+""".replace("{payload!r}", repr(PAYLOAD))
+    .replace("{{", "{")
+    .replace("}}", "}")
+)
 
 
 @pytest.fixture

@@ -9,10 +9,13 @@ import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 from openshell_supervisor.boundary.ladder import Failure
+from openshell_supervisor.confine.identity import Identity
 from openshell_supervisor.enforcement import Enforcement, Layer, State, Statement
 from openshell_supervisor.errors import ConfineError, SettingsError
+from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.telemetry.events import Severity, Telemetry
 
 
@@ -124,3 +127,38 @@ def network_layer(
         return Enforcement(Layer.NETWORK, State.DEGRADED, reason, detail=detail)
     reason = f"rung {rung}: only the proxy was reachable from inside"
     return Enforcement(Layer.NETWORK, State.ENFORCED, reason, detail=detail)
+
+
+def other_layers(
+    policy: SandboxPolicy, identity: Identity, privileges: dict[str, Any], *, relaxed_identity: bool
+) -> list[Enforcement]:
+    """The entries of all layers but the network; `privileges` is what the launcher verified about itself."""
+    asks_files = policy.filesystem is not None
+    asks_binaries = any(rule.binaries for rule in policy.network_policies.values())
+    files = (
+        "asked for by the policy, but file rules are not built yet" if asks_files else "the policy has no file rules"
+    )
+    if relaxed_identity:
+        binaries = "OPENSHELL_NETWORK_BINARY_IDENTITY turns it off"
+    elif asks_binaries:
+        binaries = "the policy lists binaries, but telling them apart is not built yet: every process counts as allowed"
+    else:
+        binaries = "the policy lists no binaries"
+    return [
+        Enforcement(Layer.FILESYSTEM, State.OFF, files, asked=asks_files),
+        Enforcement(Layer.SYSCALLS, State.OFF, "the system call filter is not built yet", asked=False),
+        _privilege_layer(identity, privileges),
+        Enforcement(Layer.SUPERVISOR_SYSCALLS, State.OFF, "the system call filter is not built yet", asked=False),
+        Enforcement(Layer.BINARY_IDENTITY, State.OFF, binaries, asked=asks_binaries),
+    ]
+
+
+def _privilege_layer(identity: Identity, verified: dict[str, Any]) -> Enforcement:
+    """From what the launcher verified about itself, never from the plan."""
+    if identity.uid == 0 or verified["uid"] == 0:
+        reason = "the workload keeps uid 0, without capabilities: " + (identity.note or "the supervisor runs as root")
+        return Enforcement(Layer.PRIVILEGES, State.DEGRADED, reason, detail=verified)
+    if not verified["no_new_privs"] or verified["capabilities"]:
+        return Enforcement(Layer.PRIVILEGES, State.DEGRADED, "capabilities or set-uid programs remain", detail=verified)
+    reason = f"uid {verified['uid']}, gid {verified['gid']}, no capabilities, no_new_privs; uid 0 cannot be taken again"
+    return Enforcement(Layer.PRIVILEGES, State.ENFORCED, reason, detail=verified)

@@ -15,32 +15,24 @@ import resource
 import secrets
 import signal
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from openshell_supervisor import __version__, report, rundir
-from openshell_supervisor.boundary import ladder, probe
+from openshell_supervisor.boundary import ladder
 from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.confine import identity as identities
-from openshell_supervisor.confine import launcher
-from openshell_supervisor.confine.identity import Identity, effective_capabilities
-from openshell_supervisor.confine.seccomp import vsock_filter
-from openshell_supervisor.confine.separation import (
-    can_map,
-    neighbours,
-    user_namespace,
-    writable_code,
-    write_identity_maps,
-)
-from openshell_supervisor.enforcement import Enforcement, Layer, State, Statement
-from openshell_supervisor.errors import BoundaryError, ConfineError, LaunchError, PolicyError
+from openshell_supervisor.confine.separation import Code
+from openshell_supervisor.enforcement import Statement
+from openshell_supervisor.errors import ConfineError, LaunchError, PolicyError
+from openshell_supervisor.inside import Settled, confine_request, settle, stop_proxy
 from openshell_supervisor.policy import yaml_file
 from openshell_supervisor.policy.defaults import default_policy
 from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.policy.not_built import not_built, refusals
 from openshell_supervisor.proxy.authority import CertificateAuthority
-from openshell_supervisor.proxy.frontend import Proxy, ProxyOptions
+from openshell_supervisor.proxy.frontend import Proxy
+from openshell_supervisor.sandbox import Sandbox, start_launcher
 from openshell_supervisor.settings import Settings
 from openshell_supervisor.telemetry.events import Context, Process, Severity, Telemetry
 from openshell_supervisor.telemetry.line_writer import STDERR
@@ -57,45 +49,9 @@ from openshell_supervisor.workload.terminal import Terminal
 PR_SET_DUMPABLE = 4  # linux/prctl.h
 # Where a container image may carry a policy (contract 5.1); tried in this order when none is named.
 POLICY_ON_DISK = (Path("/etc/openshell/policy.yaml"), Path("/etc/navigator/policy.yaml"))
-# After the workload's end, live exchanges have nobody left to answer; this is for the last events only.
-PROXY_DRAIN_SECONDS = 1.0
 PID_LIMIT_FILE = Path("/sys/fs/cgroup/pids.max")
 
 log = LateLogger("openshell_supervisor.supervisor")
-
-
-@dataclass(slots=True)
-class Run:
-    """What one run carries from step to step."""
-
-    settings: Settings
-    telemetry: Telemetry
-    reaper: Reaper
-    generation: Generation
-    identity: Identity
-    directory: Path
-    authority: asyncio.Task[CertificateAuthority]
-    terminal: Terminal | None
-    launchers: list[Child]
-    guard: process.Guard
-    open_files: tuple[int, int]
-
-    def new_launcher(self) -> Child:
-        """A launcher; the first was started early, so that its interpreter's start overlaps with ours."""
-        return self.launchers.pop() if self.launchers else _start_launcher(self.reaper, self.terminal)
-
-
-@dataclass(slots=True)
-class Settled:
-    """A rung that holds: the proxy on it, its task, and what was verified from inside."""
-
-    proxy: Proxy
-    serving: asyncio.Task[None]
-    egress: str
-    evidence: dict[str, object]
-    privileges: dict[str, Any]
-    user_namespace: int = 0
-    gaps: tuple[str, ...] = ()
 
 
 async def run(settings: Settings) -> int:
@@ -104,8 +60,8 @@ async def run(settings: Settings) -> int:
     telemetry = _telemetry(settings)
     early = _catch_early_signals()
     try:
-        async with _prepared(settings, telemetry) as prepared:
-            return await _live(prepared)
+        async with _prepared(settings, telemetry) as sandbox:
+            return await _live(sandbox)
     except asyncio.CancelledError:
         if not early:
             raise
@@ -138,7 +94,7 @@ def _telemetry(settings: Settings) -> Telemetry:
 
 
 @contextlib.asynccontextmanager
-async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Run]:
+async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Sandbox]:
     """Everything that can fail before the host is touched, in that order; the run directory is removed at the end."""
     # Same-uid processes must not read our memory, environment or descriptors through /proc (prctl(2), PR_SET_DUMPABLE).
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -158,13 +114,13 @@ async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[R
         directory = rundir.create(settings.run_dir, os.environ)
         stack.callback(rundir.remove, directory)
         terminal = stack.enter_context(Terminal()) if settings.tty or (os.isatty(0) and os.isatty(1)) else None
-        launchers = [_start_launcher(reaper, terminal)]
-        guard = process.Guard.start(reaper, directory)
+        launchers = [start_launcher(reaper, terminal)]
+        guard = process.Guard.start(reaper, directory, settings.status_file)
         stack.callback(guard.dismiss)
         stack.callback(_discard_all, launchers)
         authority = asyncio.create_task(asyncio.to_thread(CertificateAuthority.create))
         generation = build_generation(policy, 1)
-        yield Run(
+        yield Sandbox(
             settings, telemetry, reaper, generation, identity, directory, authority, terminal, launchers, guard, limit
         )
 
@@ -179,11 +135,6 @@ def _raise_open_files() -> tuple[int, int]:
 def _discard_all(launchers: list[Child]) -> None:
     for child in launchers:
         child.discard()
-
-
-def _start_launcher(reaper: Reaper, terminal: Terminal | None = None) -> Child:
-    stdio = {0: terminal.slave, 1: terminal.slave, 2: terminal.slave} if terminal is not None else None
-    return Child.start(reaper, Path(launcher.__file__), stdio)
 
 
 def _load_policy(settings: Settings, telemetry: Telemetry) -> SandboxPolicy:
@@ -240,133 +191,50 @@ def _check_pid_limit(settings: Settings) -> None:
     log.debug("no limit on the number of processes", file=str(PID_LIMIT_FILE))
 
 
-async def _live(prepared: Run) -> int:
+async def _live(sandbox: Sandbox) -> int:
     """From the boundary to the exit code."""
-    settings = prepared.settings
-    ascent = await _climb(prepared)
+    settings = sandbox.settings
+    ascent = await _climb(sandbox)
     try:
-        statement = _statement(prepared, ascent)
-        report.announce(statement, ascent.failures, prepared.telemetry)
+        statement = _statement(sandbox, ascent)
+        report.announce(statement, ascent.failures, sandbox.telemetry)
         STDERR.write(statement.table())
         if settings.status_file is not None:
             report.write_status(settings.status_file, statement)
         report.require(statement, settings.require)
-        return await _run_workload(prepared, ascent.boundary, ascent.launcher, ascent.settled)
+        return await _run_workload(sandbox, ascent.boundary, ascent.launcher, ascent.settled)
     finally:
         ascent.launcher.discard()
-        await _stop_proxy(ascent.settled)
+        await stop_proxy(ascent.settled)
         await ascent.boundary.close()
 
 
-async def _climb(prepared: Run) -> ladder.Ascent[Child, Settled]:
-    settings = prepared.settings
+async def _climb(sandbox: Sandbox) -> ladder.Ascent[Child, Settled]:
+    settings = sandbox.settings
     # An explicit wish to enforce excludes the rung that cannot: auto then refuses instead of observing.
     mode = "isolated" if settings.network_mode == "auto" and settings.egress == "enforce" else settings.network_mode
     return await ladder.climb(
         mode,
         label=f"sandbox-{secrets.token_hex(4)}",
-        identity=prepared.identity.as_plan(),
-        new_launcher=prepared.new_launcher,
-        settle=lambda boundary, child: _settle(prepared, boundary, child),
-        telemetry=prepared.telemetry,
+        identity=sandbox.identity.as_plan(),
+        new_launcher=sandbox.new_launcher,
+        settle=lambda boundary, child: settle(sandbox, boundary, child),
+        telemetry=sandbox.telemetry,
     )
 
 
-async def _settle(prepared: Run, boundary: Boundary, child: Child) -> Settled:
-    """Start the proxy on the rung, confine the launcher, and look from inside. Raises `BoundaryError` for a rung that leaks."""
-    settings = prepared.settings
-    egress = "observe" if not boundary.isolated or settings.egress == "observe" else "enforce"
-    options = ProxyOptions(egress=egress, pins=settings.resolve, upstream_ca=settings.upstream_ca)
-    generation: Callable[[], Generation] = lambda: prepared.generation  # noqa: E731
-    authority = await prepared.authority
-    proxy = Proxy(options, generation=generation, telemetry=prepared.telemetry, authority=authority)
-    nonce = secrets.token_hex(16)
-    proxy.answer_probe(nonce)
-    serving = asyncio.create_task(proxy.serve(boundary.listener), name="proxy")
-    settled = Settled(proxy, serving, egress, {}, {})
-    try:
-        separated = await _separate(boundary, child)
-        code = writable_code(prepared.identity) if boundary.isolated else ()
-        answer, _ = await child.ask(_confine_request(prepared, code))
-        settled.privileges = answer["privileges"]
-        separated = separated and answer["user_namespace"] != user_namespace()
-        settled.user_namespace = answer["user_namespace"] if separated else 0
-        settled.gaps = _gaps(prepared, child, separated, code, answer)
-        finding = await probe.inspect(boundary, child, nonce)
-        if not finding.tight:
-            what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
-            raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
-        settled.evidence = {
-            **boundary.detail,
-            **finding.detail,
-            "user_namespace": separated,
-            "gaps": list(settled.gaps),
-        }
-        if boundary.watch is not None:
-            boundary.watch()
-    except BaseException:
-        await _stop_proxy(settled)
-        raise
-    return settled
-
-
-async def _separate(boundary: Boundary, child: Child) -> bool:
-    """Give the workload a user namespace besides its network namespace; False where the host does not allow it."""
-    if boundary.detail.get("method") == "userns":
-        return True
-    if not boundary.isolated or not can_map(effective_capabilities()):
-        return False
-    try:
-        await child.ask({"op": "separate"})
-    except LaunchError:
-        return False
-    try:
-        write_identity_maps(child.pid)
-    except OSError as error:
-        raise BoundaryError(
-            f"cannot map users for the workload: {error.strerror}",
-            code="boundary_maps",
-            step="uid_map",
-            errno=error.errno,
-        ) from error
-    return True
-
-
-def _gaps(
-    prepared: Run, child: Child, separated: bool, code: tuple[str, ...], answer: dict[str, Any]
-) -> tuple[str, ...]:
-    """What lets a workload of this identity around its boundary although no packet can: said, never passed over."""
-    gaps = []
-    own = frozenset({os.getpid(), child.pid, prepared.guard.pid})
-    others = [] if separated else neighbours(prepared.identity.uid, own)
-    if others:
-        gaps.append(
-            f"{len(others)} processes of its user run outside, and no user namespace keeps it from their descriptors"
-        )
-    if code and not answer["protected"]:
-        gaps.append(f"it may rewrite code that the supervisor runs ({', '.join(code)})")
-    return tuple(gaps)
-
-
-def _confine_request(prepared: Run, read_only: tuple[str, ...] = ()) -> dict[str, Any]:
-    return {
-        "op": "confine",
-        "identity": prepared.identity.as_plan(),
-        "read_only": list(read_only),
-        "filters": [program.hex() for program in (vsock_filter(),) if program],
-        "open_files": prepared.open_files,
-        "cwd": str(prepared.settings.workdir) if prepared.settings.workdir else None,
-        "die_with_parent": True,
-        "parent": os.getpid(),
-    }
-
-
-def _statement(prepared: Run, ascent: ladder.Ascent[Child, Settled]) -> Statement:
-    settled, policy = ascent.settled, prepared.generation.policy
+def _statement(sandbox: Sandbox, ascent: ladder.Ascent[Child, Settled]) -> Statement:
+    settled = ascent.settled
+    others = report.other_layers(
+        sandbox.generation.policy,
+        sandbox.identity,
+        settled.privileges,
+        relaxed_identity=sandbox.settings.relaxed_identity,
+    )
     rung = ascent.boundary.rung
     effective = "host" if rung == "observed" else "isolated"
     network = report.network_layer(
-        requested=prepared.settings.network_mode,
+        requested=sandbox.settings.network_mode,
         rung=rung,
         egress=settled.egress,
         failures=ascent.failures,
@@ -374,70 +242,38 @@ def _statement(prepared: Run, ascent: ladder.Ascent[Child, Settled]) -> Statemen
         gaps=settled.gaps,
     )
     return Statement.of(
-        requested_mode=prepared.settings.network_mode,
+        requested_mode=sandbox.settings.network_mode,
         effective_mode=effective,
         rung=rung,
         egress=settled.egress,
-        policy_generation=prepared.generation.number,
-        layers=[network, *_other_layers(prepared, policy, settled.privileges)],
+        policy_generation=sandbox.generation.number,
+        layers=[network, *others],
     )
 
 
-def _other_layers(prepared: Run, policy: SandboxPolicy, privileges: dict[str, Any]) -> list[Enforcement]:
-    asks_files = policy.filesystem is not None
-    asks_binaries = any(rule.binaries for rule in policy.network_policies.values())
-    files = (
-        "asked for by the policy, but file rules are not built yet" if asks_files else "the policy has no file rules"
-    )
-    if prepared.settings.relaxed_identity:
-        binaries = "OPENSHELL_NETWORK_BINARY_IDENTITY turns it off"
-    elif asks_binaries:
-        binaries = "the policy lists binaries, but telling them apart is not built yet: every process counts as allowed"
-    else:
-        binaries = "the policy lists no binaries"
-    return [
-        Enforcement(Layer.FILESYSTEM, State.OFF, files, asked=asks_files),
-        Enforcement(Layer.SYSCALLS, State.OFF, "the system call filter is not built yet", asked=False),
-        _privilege_layer(prepared.identity, privileges),
-        Enforcement(Layer.SUPERVISOR_SYSCALLS, State.OFF, "the system call filter is not built yet", asked=False),
-        Enforcement(Layer.BINARY_IDENTITY, State.OFF, binaries, asked=asks_binaries),
-    ]
-
-
-def _privilege_layer(identity: Identity, verified: dict[str, Any]) -> Enforcement:
-    """From what the launcher verified about itself, never from the plan."""
-    if identity.uid == 0 or verified["uid"] == 0:
-        reason = "the workload keeps uid 0, without capabilities: " + (identity.note or "the supervisor runs as root")
-        return Enforcement(Layer.PRIVILEGES, State.DEGRADED, reason, detail=verified)
-    if not verified["no_new_privs"] or verified["capabilities"]:
-        return Enforcement(Layer.PRIVILEGES, State.DEGRADED, "capabilities or set-uid programs remain", detail=verified)
-    reason = f"uid {verified['uid']}, gid {verified['gid']}, no capabilities, no_new_privs; uid 0 cannot be taken again"
-    return Enforcement(Layer.PRIVILEGES, State.ENFORCED, reason, detail=verified)
-
-
-async def _run_workload(prepared: Run, boundary: Boundary, child: Child, settled: Settled) -> int:
-    settings, telemetry = prepared.settings, prepared.telemetry
+async def _run_workload(sandbox: Sandbox, boundary: Boundary, child: Child, settled: Settled) -> int:
+    settings, telemetry = sandbox.settings, sandbox.telemetry
     workload = process.Workload(
         child,
         grace=settings.grace,
         timeout=settings.timeout,
-        signal_as=lambda group, number: _signal_as(prepared, group, number),
+        signal_as=lambda group, number: _signal_as(sandbox, group, number),
     )
     workload.forward_signals()
     mark = Mark(child.pid, boundary.netns_inode or 0, settled.user_namespace)
-    prepared.guard.watch(mark)
+    sandbox.guard.watch(mark)
     on_loss: Callable[[asyncio.Task[None]], None] = lambda task: _proxy_lost(task, workload)  # noqa: E731
     settled.serving.add_done_callback(on_loss)
     warming: asyncio.Task[None] | None = None
     described = Process(settings.command[0], child.pid)
     try:
-        request = {"op": "exec", "argv": list(settings.command), "env": _environment(prepared, boundary)}
-        await process.run_attached(child, request, prepared.terminal)
-        warming = asyncio.create_task(_warm(settled.proxy, prepared.generation), name="proxy warm-up")
+        request = {"op": "exec", "argv": list(settings.command), "env": _environment(sandbox, boundary)}
+        await process.run_attached(child, request, sandbox.terminal)
+        warming = asyncio.create_task(_warm(settled.proxy, sandbox.generation), name="proxy warm-up")
         telemetry.process_launched(described)
         outcome = await workload.wait()
-        if prepared.terminal is not None:
-            await prepared.terminal.drain()
+        if sandbox.terminal is not None:
+            await sandbox.terminal.drain()
         if outcome.timed_out:
             telemetry.process_terminated(described, None, timed_out=True)
         telemetry.process_terminated(described, outcome.code)
@@ -447,7 +283,7 @@ async def _run_workload(prepared: Run, boundary: Boundary, child: Child, settled
         settled.serving.remove_done_callback(on_loss)
         if warming is not None:
             warming.cancel()
-        left = await process.clear_away(mark, frozenset({prepared.guard.pid}))
+        left = await process.clear_away(mark, frozenset({sandbox.guard.pid}))
         if left:
             log.warning("processes of the workload could not be ended", pids=left)
 
@@ -464,30 +300,30 @@ async def _warm(proxy: Proxy, generation: Generation) -> None:
     gc.enable()
 
 
-def _environment(prepared: Run, boundary: Boundary) -> dict[str, str]:
-    identity = prepared.identity
+def _environment(sandbox: Sandbox, boundary: Boundary) -> dict[str, str]:
+    identity = sandbox.identity
     return environ.workload_environment(
         os.environ,
-        session=environ.Session(identity.user, identity.home, prepared.terminal is not None),
-        user_variables=prepared.settings.user_variables,
+        session=environ.Session(identity.user, identity.home, sandbox.terminal is not None),
+        user_variables=sandbox.settings.user_variables,
         proxy_url=boundary.proxy_url,
-        trust=_write_trust(prepared),
+        trust=_write_trust(sandbox),
     )
 
 
-def _write_trust(prepared: Run) -> environ.Trust:
+def _write_trust(sandbox: Sandbox) -> environ.Trust:
     """The two PEM files, in the run directory or where the driver wants them (contract 5.2)."""
-    settings = prepared.settings
-    files = prepared.authority.result().write(settings.tls_dir or prepared.directory, extra=settings.upstream_ca)
-    prepared.telemetry.config("enabled", "TLS termination enabled: ephemeral CA generated")
+    settings = sandbox.settings
+    files = sandbox.authority.result().write(settings.tls_dir or sandbox.directory, extra=settings.upstream_ca)
+    sandbox.telemetry.config("enabled", "TLS termination enabled: ephemeral CA generated")
     return environ.Trust(files.ca, files.bundle)
 
 
-async def _signal_as(prepared: Run, group: int, number: int) -> None:
+async def _signal_as(sandbox: Sandbox, group: int, number: int) -> None:
     """Send a signal through a launcher that took the workload's identity: we lack CAP_KILL over it."""
-    child = _start_launcher(prepared.reaper)
+    child = start_launcher(sandbox.reaper)
     try:
-        await child.ask({**_confine_request(prepared), "cwd": None})
+        await child.ask({**confine_request(sandbox, Code()), "cwd": None})
         await child.ask({"op": "signal", "group": group, "signal": int(number)})
     except LaunchError as error:
         log.warning("cannot signal the workload", step=error.step, errno=error.errno_name)
@@ -501,9 +337,3 @@ def _proxy_lost(task: asyncio.Task[None], workload: process.Workload) -> None:
         return
     log.error("the proxy ended; ending the workload", error=repr(task.exception()))
     workload.request_end()
-
-
-async def _stop_proxy(settled: Settled) -> None:
-    await settled.proxy.drain(PROXY_DRAIN_SECONDS)
-    settled.serving.cancel()
-    await asyncio.wait({settled.serving}, timeout=PROXY_DRAIN_SECONDS)

@@ -39,7 +39,7 @@ async def reaper() -> AsyncIterator[Reaper]:
 
 def confinement(identity: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A `confine` request."""
-    plain = {"cwd": None, "read_only": [], "filters": [], "open_files": None, "die_with_parent": False}
+    plain = {"cwd": None, "read_only": [], "anchors": [], "filters": [], "open_files": None, "die_with_parent": False}
     return {"op": "confine", "identity": identity, **plain, **more}
 
 

@@ -251,7 +251,7 @@ def drop_capabilities() -> bool:
 def confine(request: Request, descriptors: list[int]) -> Answer:
     """Take the identity for good and give up every privilege; answers what was verified afterwards, not what was asked."""
     identity = {**request["identity"], **({"uid": unmapped[0]} if unmapped else {})}
-    protected = protect(request["read_only"])
+    protected = protect(request["read_only"], request["anchors"])
     with step("chdir"):  # anew in any case: a mount made above does not cover the directory we stand in
         os.chdir(request["cwd"] or os.getcwd())
     take_identity(identity)
@@ -279,20 +279,23 @@ def install_filter(program: bytes) -> bool:
     return bool(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.create_string_buffer(header), 0, 0) == 0)
 
 
-def protect(paths: list[str]) -> bool:
-    """Make directories read-only in a mount namespace of our own, best effort; True when every one of them is."""
+def protect(paths: list[str], anchors: list[str]) -> bool:
+    """Make directories read-only in a mount namespace of our own, best effort; True when every one of them is.
+
+    `anchors`, the directories above them, become mount points too: a mount point cannot be renamed away (rename(2), EBUSY).
+    """
     if not paths:
         return True
     if libc.unshare(CLONE_NEWNS) < 0:
         return False
-    for path in paths:
+    for path in (*anchors, *paths):
         name = os.fsencode(path)
-        flags = sum(twin for flag, twin in LOCKED_FLAGS if os.statvfs(path).f_flag & flag)
         if libc.mount(name, name, None, ctypes.c_ulong(MS_BIND | MS_REC), None) < 0:
             return False
-        if libc.mount(None, name, None, ctypes.c_ulong(MS_REMOUNT | MS_BIND | MS_RDONLY | flags), None) < 0:
-            return False
-        if not os.statvfs(path).f_flag & MS_RDONLY:
+    for path in paths:
+        flags = sum(twin for flag, twin in LOCKED_FLAGS if os.statvfs(path).f_flag & flag)
+        remount = ctypes.c_ulong(MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
+        if libc.mount(None, os.fsencode(path), None, remount, None) < 0 or not os.statvfs(path).f_flag & MS_RDONLY:
             return False
     return True
 

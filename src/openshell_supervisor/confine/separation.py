@@ -11,6 +11,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from openshell_supervisor.confine.identity import Identity
@@ -64,31 +65,45 @@ def neighbours(uid: int, own: frozenset[int]) -> list[int]:
     return found
 
 
-def writable_code(identity: Identity) -> tuple[str, ...]:
-    """The directories that the supervisor runs code from and that the workload's user could change; outermost ones only."""
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Code of ours that the workload's user could change: directories to make read-only, the directories on the way to them
+    that it could rename away (outermost first), and links that it could point elsewhere."""
+
+    directories: tuple[str, ...] = ()
+    anchors: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+
+
+def writable_code(identity: Identity) -> Code:
+    """What of the code that the supervisor runs lies in the hands of `identity`, by owner and mode bits."""
     package = Path(__file__).resolve().parent.parent
-    candidates = {package, Path(sys.prefix), Path(sys.base_prefix), *(Path(entry) for entry in sys.path if entry)}
-    writable = sorted(
-        {str(path.resolve()) for path in candidates if path.is_dir() and _may_write(path.resolve(), identity)}
+    named = {package, Path(sys.prefix), Path(sys.base_prefix), *(Path(entry) for entry in sys.path if entry)}
+    named = {path.absolute() for path in named if path.is_dir()}
+    directories = sorted({str(path.resolve()) for path in named if _may_change(path.resolve(), identity)})
+    outermost = tuple(path for path in directories if not any(path.startswith(other + "/") for other in directories))
+    ways = {one for path in outermost for one in Path(path).parents if one != one.parent}
+    anchors = sorted(str(one) for one in ways if _may_write(one.parent, identity))
+    links = {str(one) for path in named for one in (path, *path.parents) if one.is_symlink()}
+    return Code(
+        outermost, tuple(anchors), tuple(sorted(link for link in links if _may_write(Path(link).parent, identity)))
     )
-    return tuple(path for path in writable if not any(path.startswith(other + "/") for other in writable))
+
+
+def _may_change(path: Path, identity: Identity) -> bool:
+    """May `identity` write in `path`, change a file right in it, or replace a directory on the way to it?"""
+    return any(_may_write(one, identity) for one in (path, *path.parents, *_sample(path)))
 
 
 def _may_write(path: Path, identity: Identity) -> bool:
-    """May `identity` change `path`, a file right in it, or a directory on the way to it? By owner and mode bits."""
+    """May `identity` write this file or in this directory? The owner may always, because it can change the mode."""
+    status = path.lstat()
+    if status.st_uid == identity.uid:
+        return True
+    if stat.S_ISLNK(status.st_mode) or (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
+        return False
     groups = {identity.gid, *(identity.groups or (() if os.geteuid() == 0 else os.getgroups()))}
-    for one in (path, *path.parents, *_sample(path)):
-        status = one.lstat()
-        if status.st_uid == identity.uid:
-            return True
-        shared = status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid in groups)
-        if (
-            shared
-            and not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX)
-            and not stat.S_ISLNK(status.st_mode)
-        ):
-            return True
-    return False
+    return bool(status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid in groups))
 
 
 def _sample(path: Path) -> Iterable[Path]:

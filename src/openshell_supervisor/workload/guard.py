@@ -2,7 +2,7 @@
 
 A parent-death signal reaches only the workload's first process. The guard holds the other end of a socket to the supervisor;
 when that closes without a word, it kills what lives in the workload's namespaces or in its session, and removes the run
-directory. It runs as a process of its own (`python -I -S -B guard.py RUN_DIR`,
+directory. It runs as a process of its own (`python -I -S -B guard.py RUN_DIR [STATUS_FILE]`,
 socket as descriptor 3), on the standard library alone; `end_all` is also what the supervisor calls at an orderly end.
 """
 
@@ -126,6 +126,8 @@ def main() -> None:
             if watched:
                 end_all(Mark(*(int(number) for number in watched[-1])))
             remove_files(sys.argv[1])
+            for statement in sys.argv[2:]:
+                forget(statement)
             return
         text += data
 
@@ -144,6 +146,14 @@ def remove_files(path: str) -> None:
         pass
     finally:
         os.close(directory)
+
+
+def forget(statement: str) -> None:
+    """Remove the status file of a supervisor that is gone: what it says holds no longer."""
+    try:
+        os.unlink(statement)
+    except OSError:
+        pass  # never written, or not ours to remove any more
 
 
 if __name__ == "__main__":

@@ -137,10 +137,12 @@ class Guard:
         self._link = link
 
     @classmethod
-    def start(cls, reaper: Reaper, run_dir: Path) -> Guard:
-        """Start it, early: its interpreter's start then overlaps with ours. Until `watch` it only keeps the run directory."""
+    def start(cls, reaper: Reaper, run_dir: Path, status_file: Path | None) -> Guard:
+        """Start it, early: its interpreter's start then overlaps with ours. Until `watch` it only keeps the files: it removes
+        them, and a statement that is nobody's any more, when we die without a word."""
         ours, theirs = socket.socketpair()
         argv = [interpreter(), "-I", "-S", "-B", str(Path(guard.__file__)), str(run_dir)]
+        argv += [str(status_file.absolute())] if status_file else []
         try:
             pid, _ = reaper.spawn(argv, {}, {3: theirs.fileno()})
         finally:

@@ -1,0 +1,145 @@
+"""What happens on a rung before it is accepted: the proxy starts there, the launcher confines itself, and both are looked at
+from inside.
+
+A rung is refused with a `BoundaryError` when the look from inside finds a way out. What no packet shows (processes of the same
+user outside, code that the workload could rewrite) is collected as gaps, and a rung with gaps is never called enforced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from openshell_supervisor.boundary import probe
+from openshell_supervisor.boundary.boundary import Boundary
+from openshell_supervisor.confine.identity import NOBODY, effective_capabilities
+from openshell_supervisor.confine.seccomp import vsock_filter
+from openshell_supervisor.confine.separation import (
+    Code,
+    can_map,
+    neighbours,
+    user_namespace,
+    writable_code,
+    write_identity_maps,
+)
+from openshell_supervisor.errors import BoundaryError, LaunchError
+from openshell_supervisor.proxy.frontend import Proxy, ProxyOptions
+from openshell_supervisor.sandbox import Sandbox
+from openshell_supervisor.verdict.decide import Generation
+from openshell_supervisor.workload.child import Child
+
+# After the workload's end, live exchanges have nobody left to answer; this is for the last events only.
+PROXY_DRAIN_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class Settled:
+    """A rung that holds: the proxy on it, its task, and what was verified from inside."""
+
+    proxy: Proxy
+    serving: asyncio.Task[None]
+    egress: str
+    evidence: dict[str, object]
+    privileges: dict[str, Any]
+    user_namespace: int = 0
+    gaps: tuple[str, ...] = ()
+
+
+async def settle(sandbox: Sandbox, boundary: Boundary, child: Child) -> Settled:
+    """Start the proxy on the rung, confine the launcher, and look from inside. Raises `BoundaryError` for a rung that leaks."""
+    settings = sandbox.settings
+    egress = "observe" if not boundary.isolated or settings.egress == "observe" else "enforce"
+    options = ProxyOptions(egress=egress, pins=settings.resolve, upstream_ca=settings.upstream_ca)
+    generation: Callable[[], Generation] = lambda: sandbox.generation  # noqa: E731
+    authority = await sandbox.authority
+    proxy = Proxy(options, generation=generation, telemetry=sandbox.telemetry, authority=authority)
+    nonce = secrets.token_hex(16)
+    proxy.answer_probe(nonce)
+    serving = asyncio.create_task(proxy.serve(boundary.listener), name="proxy")
+    settled = Settled(proxy, serving, egress, {}, {})
+    try:
+        separated = await _separate(boundary, child)
+        code = writable_code(sandbox.identity) if boundary.isolated else Code()
+        answer, _ = await child.ask(confine_request(sandbox, code))
+        settled.privileges = answer["privileges"]
+        separated = separated and answer["user_namespace"] != user_namespace()
+        settled.user_namespace = answer["user_namespace"] if separated else 0
+        settled.gaps = _gaps(sandbox, child, separated, code, answer)
+        finding = await probe.inspect(boundary, child, nonce)
+        if not finding.tight:
+            what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
+            raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
+        settled.evidence = {
+            **boundary.detail,
+            **finding.detail,
+            "user_namespace": separated,
+            "gaps": list(settled.gaps),
+        }
+        if boundary.watch is not None:
+            boundary.watch()
+    except BaseException:
+        await stop_proxy(settled)
+        raise
+    return settled
+
+
+async def _separate(boundary: Boundary, child: Child) -> bool:
+    """Give the workload a user namespace besides its network namespace; False where the host does not allow it."""
+    if boundary.detail.get("method") == "userns":
+        return True
+    if not boundary.isolated or not can_map(effective_capabilities()):
+        return False
+    try:
+        await child.ask({"op": "separate"})
+    except LaunchError:
+        return False
+    try:
+        write_identity_maps(child.pid)
+    except OSError as error:
+        raise BoundaryError(
+            f"cannot map users for the workload: {error.strerror}",
+            code="boundary_maps",
+            step="uid_map",
+            errno=error.errno,
+        ) from error
+    return True
+
+
+def _gaps(sandbox: Sandbox, child: Child, separated: bool, code: Code, answer: dict[str, Any]) -> tuple[str, ...]:
+    """What lets a workload of this identity around its boundary although no packet can: said, never passed over."""
+    gaps = []
+    own = frozenset({os.getpid(), child.pid, sandbox.guard.pid})
+    shared = sandbox.identity.uid == NOBODY or neighbours(sandbox.identity.uid, own)
+    if shared and not separated:
+        gaps.append("other processes run as its user, and no user namespace keeps it from their descriptors")
+    if code.directories and not answer["protected"]:
+        gaps.append(f"it may rewrite code that the supervisor runs ({', '.join(code.directories)})")
+    if code.links:
+        gaps.append(f"it may point links to the supervisor's code elsewhere ({', '.join(code.links)})")
+    return tuple(gaps)
+
+
+def confine_request(sandbox: Sandbox, code: Code) -> dict[str, Any]:
+    """The launcher's `confine` request for this sandbox; `code` is what must be out of the workload's reach."""
+    return {
+        "op": "confine",
+        "identity": sandbox.identity.as_plan(),
+        "read_only": list(code.directories),
+        "anchors": list(code.anchors),
+        "filters": [program.hex() for program in (vsock_filter(),) if program],
+        "open_files": sandbox.open_files,
+        "cwd": str(sandbox.settings.workdir) if sandbox.settings.workdir else None,
+        "die_with_parent": True,
+        "parent": os.getpid(),
+    }
+
+
+async def stop_proxy(settled: Settled) -> None:
+    """Drain the proxy and end its task; safe to call twice."""
+    await settled.proxy.drain(PROXY_DRAIN_SECONDS)
+    settled.serving.cancel()
+    await asyncio.wait({settled.serving}, timeout=PROXY_DRAIN_SECONDS)

@@ -1,0 +1,45 @@
+"""What one run carries from step to step, and nothing else: no step is taken here."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from openshell_supervisor.confine import launcher
+from openshell_supervisor.confine.identity import Identity
+from openshell_supervisor.proxy.authority import CertificateAuthority
+from openshell_supervisor.settings import Settings
+from openshell_supervisor.telemetry.events import Telemetry
+from openshell_supervisor.verdict.decide import Generation
+from openshell_supervisor.workload.child import Child
+from openshell_supervisor.workload.process import Guard
+from openshell_supervisor.workload.reaper import Reaper
+from openshell_supervisor.workload.terminal import Terminal
+
+
+@dataclass(slots=True)
+class Sandbox:
+    """What one run carries from step to step."""
+
+    settings: Settings
+    telemetry: Telemetry
+    reaper: Reaper
+    generation: Generation
+    identity: Identity
+    directory: Path
+    authority: asyncio.Task[CertificateAuthority]
+    terminal: Terminal | None
+    launchers: list[Child]
+    guard: Guard
+    open_files: tuple[int, int]
+
+    def new_launcher(self) -> Child:
+        """A launcher; the first was started early, so that its interpreter's start overlaps with ours."""
+        return self.launchers.pop() if self.launchers else start_launcher(self.reaper, self.terminal)
+
+
+def start_launcher(reaper: Reaper, terminal: Terminal | None = None) -> Child:
+    """Start a launcher, on the terminal's slave where there is one. Raises `LaunchError`."""
+    stdio = {0: terminal.slave, 1: terminal.slave, 2: terminal.slave} if terminal is not None else None
+    return Child.start(reaper, Path(launcher.__file__), stdio)

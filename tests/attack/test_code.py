@@ -43,6 +43,10 @@ def attack():
         (home / "project").rename(home / "was")
         shutil.copytree(home / "was" / "tree", tree)
         poison(tree / "openshell_supervisor" / "proxy")
+    elif how == "home":
+        home.rename(home.parent / "gone")
+        shutil.copytree(home.parent / "gone" / "project" / "tree", tree)
+        poison(tree / "openshell_supervisor" / "proxy")
     elif how == "nested":
         import ctypes
         libc = ctypes.CDLL(None, use_errno=True)
@@ -80,6 +84,7 @@ time.sleep(0.5)
 @pytest.fixture
 def home(open_tmp: pathlib.Path, repo_root: pathlib.Path) -> Iterator[pathlib.Path]:
     """A home of the attacker's, with the product's source in it, as after `git clone; make setup` by a plain user."""
+    open_tmp.chmod(0o1777)  # as /tmp is: the owner of what lies in it may rename that, others may not
     place = open_tmp / "home"
     tree = place / "project" / "tree"
     tree.mkdir(parents=True)
@@ -118,9 +123,12 @@ def owned(home: pathlib.Path, how: str) -> tuple[str | None, str, str]:
     [
         "rewrite",
         "replace",
+        "parent",
         pytest.param(
-            "parent",
-            marks=pytest.mark.xfail(strict=True, reason="A10: a directory above the read-only code can be renamed"),
+            "home",
+            marks=pytest.mark.xfail(
+                strict=True, reason="A18: what lies in a sticky directory is its owner's to rename"
+            ),
         ),
         "nested",
     ],

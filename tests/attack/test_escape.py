@@ -79,7 +79,6 @@ def test_no_socket_goes_round_the_stack(rung: str, power: str) -> None:
     assert answers(rung)[power] in ("EPERM", "EACCES", "EAFNOSUPPORT", "EPROTONOSUPPORT", "EHOSTUNREACH")
 
 
-@pytest.mark.xfail(strict=True, reason="A9: the probe does not look at AF_VSOCK, which network namespaces do not cover")
 @pytest.mark.parametrize("rung", RUNGS)
 def test_vsock(rung: str) -> None:
     """A vsock port that is taken outside cannot be seen from inside, or the statement says that it can."""

@@ -193,7 +193,7 @@ def test_quiet_logging_does_not_hide_a_degradation() -> None:
 
 
 def test_a_dead_proxy_does_not_leave_a_running_workload(place: pathlib.Path) -> None:
-    """SIGSTOP of the supervisor stops the only way out with it: a request hangs, a direct connection is refused, both for good."""
+    """SIGSTOP of the supervisor stops the only way out with it: a request hangs, a direct connection is refused."""
     script = (
         "echo up; read go; curl -sS -m 2 http://203.0.113.1/; curl -sS -m 2 --noproxy '*' http://203.0.113.1/; echo end"
     )

@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from openshell_supervisor import __version__
@@ -33,7 +34,11 @@ def run(arguments: Sequence[str]) -> NoReturn:
     gc.disable()
     from openshell_supervisor import settings as settings_room
 
-    settings = settings_room.read(arguments, os.environ)
+    try:
+        settings = settings_room.read(arguments, os.environ)
+    except SettingsError:
+        _forget_statement(settings_room.status_file_of(arguments, os.environ))
+        raise
     import asyncio
 
     from openshell_supervisor import supervisor
@@ -41,8 +46,16 @@ def run(arguments: Sequence[str]) -> NoReturn:
     code = asyncio.Runner().run(supervisor.run(settings))
     # Everything of ours is closed. What may still run is the import of the proxy's inspection, in a thread that cannot be
     # cancelled: a workload shorter than that import must not wait for it.
-    sys.stdout.flush()
     os._exit(code)
+
+
+def _forget_statement(path: Path | None) -> None:
+    """A start that is refused leaves no statement of an earlier run behind; anything but a statement is left alone."""
+    try:
+        if path is not None and '"network_mode"' in path.read_text():
+            path.unlink()
+    except (OSError, UnicodeDecodeError):
+        pass  # there is none, or it is not ours
 
 
 def check(arguments: Sequence[str]) -> int:
@@ -67,6 +80,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "check": chec
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Answers the exit code; the interpreter's entry point hands it to exit(3)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _fill_standard_descriptors()
     try:
         return _dispatch(arguments)
     except SupervisorError as error:
@@ -76,6 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, before anything was started
+
+
+def _fill_standard_descriptors() -> None:
+    """Open what is closed of descriptors 0-2, so that nothing of ours takes their numbers and the workload inherits it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -22,8 +22,8 @@ from openshell_supervisor.confine.separation import (
     Code,
     can_map,
     neighbours,
+    out_of_reach,
     user_namespace,
-    writable_code,
     write_identity_maps,
 )
 from openshell_supervisor.errors import BoundaryError, LaunchError
@@ -63,7 +63,7 @@ async def settle(sandbox: Sandbox, boundary: Boundary, child: Child) -> Settled:
     settled = Settled(proxy, serving, egress, {}, {})
     try:
         separated = await _separate(boundary, child)
-        code = writable_code(sandbox.identity) if boundary.isolated else Code()
+        code = out_of_reach(sandbox.identity) if boundary.isolated else Code()
         answer, _ = await child.ask(confine_request(sandbox, code))
         settled.privileges = answer["privileges"]
         separated = separated and answer["user_namespace"] != user_namespace()
@@ -117,7 +117,7 @@ def _gaps(sandbox: Sandbox, child: Child, separated: bool, code: Code, answer: d
     if shared and not separated:
         gaps.append("other processes run as its user, and no user namespace keeps it from their descriptors")
     if code.directories and not answer["protected"]:
-        gaps.append(f"it may rewrite code that the supervisor runs ({', '.join(code.directories)})")
+        gaps.append(f"it may write where that leads outside ({', '.join(code.directories)})")
     if code.links:
         gaps.append(f"it may point links to the supervisor's code elsewhere ({', '.join(code.links)})")
     return tuple(gaps)

@@ -125,7 +125,9 @@ def network_layer(
     if gaps:
         reason = f"rung {rung} leaves only the proxy, but the workload can get around it: " + "; ".join(gaps)
         return Enforcement(Layer.NETWORK, State.DEGRADED, reason, detail=detail)
-    reason = f"rung {rung}: only the proxy was reachable from inside"
+    reason = (
+        f"rung {rung}: only the proxy was reachable from inside ({evidence['canaries']} other destinations were tried)"
+    )
     return Enforcement(Layer.NETWORK, State.ENFORCED, reason, detail=detail)
 
 

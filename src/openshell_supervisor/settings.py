@@ -1,8 +1,8 @@
 """One frozen `Settings`: flag over environment over file over default, read and cross-checked once.
 
 Every option of the supervisor that this one replaces is accepted with the same meaning, or refused by name while its capability
-is still to come (`STILL_TO_COME`); none is ignored in silence. Settings that loosen trust (`--resolve`, `--upstream-ca`) are
-flags only, because an image can bake environment variables. Contradictions are `SettingsError`s: nothing has been started yet.
+is still to come (`STILL_TO_COME`); none is ignored in silence. What loosens (`--resolve`, `--upstream-ca`, `--egress`) is a flag
+only, because an image can bake environment variables. Contradictions are `SettingsError`s: nothing has been started yet.
 """
 
 from __future__ import annotations
@@ -64,6 +64,15 @@ STILL_TO_COME_VARIABLES = {
     "OPENSHELL_ALLOW_NETLINK_ENUMERATE": "the seccomp filter that it loosens is not built yet",
     "OPENSHELL_OPA_URL": "the OPA server engine is not built yet",
 }
+# Accepted and without effect, as upstream: the first two always, the others outside `--mode=network-init` (contract 1.2).
+IGNORED_FLAGS = (
+    "--health-check",
+    "--health-port",
+    "--proxy-uid",
+    "--proxy-gid",
+    "--sidecar-state-dir",
+    "--sidecar-tls-dir",
+)
 RESERVED_WORDS = {
     "copy-self": "copying the supervisor into another image is not built yet",
     "debug-rpc": "the gateway client is not built yet",
@@ -103,6 +112,7 @@ class Settings:
     user_variables: Mapping[str, str] = field(default_factory=dict)
     require_pid_limit: bool = False
     relaxed_identity: bool = False
+    without_effect: tuple[str, ...] = ()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -138,7 +148,7 @@ def _add_policy_options(top: argparse.ArgumentParser) -> None:
         "--network-mode", metavar="MODE", help="isolated, host or auto (OPENSHELL_NETWORK_MODE; default auto)"
     )
     top.add_argument("--host-network", action="store_true", help="the same as --network-mode host")
-    top.add_argument("--egress", metavar="MODE", help="enforce or observe (OPENSHELL_EGRESS)")
+    top.add_argument("--egress", metavar="MODE", help="enforce or observe")
     top.add_argument(
         "--require", metavar="LAYERS", help=f"refuse to start unless these hold: {', '.join(Layer)} (OPENSHELL_REQUIRE)"
     )
@@ -167,15 +177,24 @@ def _add_workload_options(top: argparse.ArgumentParser) -> None:
     top.add_argument("--grace", metavar="SECONDS", help="time between SIGTERM and SIGKILL (OPENSHELL_GRACE; default 8)")
     top.add_argument("--interactive", "-i", action="store_true", help="give the workload a terminal of its own")
     top.add_argument("--version", action="version", version=f"openshell-supervisor {__version__}")
-    for flag in ("--mode", "--health-port", "--proxy-uid", "--proxy-gid", "--sidecar-state-dir", "--sidecar-tls-dir"):
-        top.add_argument(flag, help=argparse.SUPPRESS)
-    top.add_argument("--health-check", action="store_true", help=argparse.SUPPRESS)
+    top.add_argument("--mode", help=argparse.SUPPRESS)
+    for flag in IGNORED_FLAGS:
+        if flag == "--health-check":
+            top.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+        else:
+            top.add_argument(flag, help=argparse.SUPPRESS)
 
 
 def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """Settings from argv (without the program's name) and the environment. Raises `SettingsError`; `--help` and `--version`
     end the process as argparse does."""
     values = parser().parse_args(list(arguments))
+    for name, value in vars(values).items():
+        if isinstance(value, str) and not value.strip(" ,"):
+            flag = f"--{name.replace('_', '-')}"
+            raise _fail(
+                "empty_value", f"{flag} is given and empty", "leave the flag out, or check the variable it came from"
+            )
     _refuse_what_is_to_come(values, environment)
     command, tty = _command(values, environment)
     policy = _existing_file(values.policy or environment.get("OPENSHELL_POLICY"), "--policy")
@@ -185,8 +204,9 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         tty=tty,
         policy=policy,
         network_mode=_network_mode(values, environment),
-        egress=_choice(values.egress or environment.get("OPENSHELL_EGRESS"), "--egress", EGRESS_MODES),
-        require=_layers(values.require or environment.get("OPENSHELL_REQUIRE", "")),
+        egress=_choice(values.egress, "--egress", EGRESS_MODES),
+        # Both are demands: a flag adds to what the environment demands, and never takes it back.
+        require=_layers(values.require or "") | _layers(environment.get("OPENSHELL_REQUIRE", "")),
         status_file=_output(values.status_file or environment.get("OPENSHELL_STATUS_FILE"), "--status-file"),
         ocsf_file=_output(values.ocsf_file or environment.get("OPENSHELL_OCSF_FILE"), "--ocsf-file"),
         upstream_ca=_pem(_existing_file(values.upstream_ca, "--upstream-ca")),
@@ -207,9 +227,21 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         require_pid_limit="OPENSHELL_REQUIRE_RUNTIME_PID_LIMIT" in environment,
         relaxed_identity=environment.get("OPENSHELL_NETWORK_BINARY_IDENTITY", "").lower()
         in ("relaxed", "disabled", "endpoint-only", "false", "0"),
+        without_effect=_without_effect(values, environment),
     )
     _cross_check(settings)
     return settings
+
+
+def status_file_of(arguments: Sequence[str], environment: Mapping[str, str]) -> Path | None:
+    """The status file that a command line means, even one that is refused for another reason."""
+    before = list(arguments[: list(arguments).index("--")]) if "--" in arguments else list(arguments)
+    for index, word in enumerate(before):
+        if word.startswith("--status-file="):
+            return _path(word.partition("=")[2])
+        if word == "--status-file" and index + 1 < len(before):
+            return _path(before[index + 1])
+    return _path(environment.get("OPENSHELL_STATUS_FILE"))
 
 
 def _fail(code: str, message: str, hint: str = "") -> SettingsError:
@@ -230,6 +262,16 @@ def _refuse_what_is_to_come(values: argparse.Namespace, environment: Mapping[str
             "only `network,process` together are built yet" if known else "known are network, process and network-init"
         )
         raise _fail("not_built" if known else "usage", f"--mode {values.mode}: {why}", "leave the flag out")
+
+
+def _without_effect(values: argparse.Namespace, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """What was given and means nothing here, as upstream: to be said, not to be refused."""
+    given = [flag for flag in IGNORED_FLAGS if getattr(values, flag.removeprefix("--").replace("-", "_"))]
+    if not values.command and not environment.get("OPENSHELL_MAIN_PROCESS_SPEC"):
+        given.append(f"no command: starting {' '.join(DEFAULT_COMMAND)}, as upstream does (--help lists the options)")
+    if values.openshell_endpoint or environment.get("OPENSHELL_ENDPOINT"):
+        given.append("OPENSHELL_ENDPOINT: the local policy wins, the gateway is not asked")
+    return tuple(given)
 
 
 def _check_gateway(values: argparse.Namespace, environment: Mapping[str, str], policy: Path | None) -> None:

@@ -98,6 +98,8 @@ async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[S
     """Everything that can fail before the host is touched, in that order; the run directory is removed at the end."""
     # Same-uid processes must not read our memory, environment or descriptors through /proc (prctl(2), PR_SET_DUMPABLE).
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    for given in settings.without_effect:
+        log.info("without effect", setting=given)
     if settings.status_file is not None:
         report.forget_status(settings.status_file)
     policy = _load_policy(settings, telemetry)

@@ -230,7 +230,7 @@ async def test_tls_is_terminated_decided_and_verified(root: support.TestAuthorit
 
 
 async def test_audit_lets_through_and_says_so(root: support.TestAuthority) -> None:
-    """`enforcement: audit` (upstream's default) forwards a request that no rule allows and logs the word audit."""
+    """`enforcement: audit` (upstream's default) forwards a request that no rule allows and logs it as observed."""
     upstream = await Upstream(answering(echo_head)).start()
     port = upstream.port
     async with running(policy_for(rest(port, enforcement="audit")), pins=PINS) as proxy:
@@ -239,7 +239,7 @@ async def test_audit_lets_through_and_says_so(root: support.TestAuthority) -> No
         )
         assert status_of(answer) == 200
         (event,) = proxy.log.decisions()
-        assert event["action"] == "Allowed" and event["message"].startswith("FORWARD_L7 audit GET")
+        assert event["action"] == "Observed" and event["message"].startswith("FORWARD_L7 audit GET")
     await upstream.stop()
 
 

@@ -222,7 +222,7 @@ def test_authority_files(tmp_path: pathlib.Path, root: support.TestAuthority) ->
     (run / "openshell-ca.pem").symlink_to(victim)
     files = authority.write(run, root.file)
     assert victim.read_text() == "untouched" and not files.ca.is_symlink()
-    assert files.ca.read_bytes() == authority.ca_pem
+    assert files.ca.read_bytes() == authority.ca_pem + root.file.read_bytes()
     bundle = files.bundle.read_bytes()
     assert authority.ca_pem in bundle and root.file.read_bytes() in bundle and b"PRIVATE" not in bundle
     assert {oct(path.stat().st_mode & 0o777) for path in run.iterdir()} == {"0o644"} and len(list(run.iterdir())) == 2

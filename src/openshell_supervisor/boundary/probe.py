@@ -65,11 +65,13 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What the probe saw. `leaks` are ways that led out; `proxy_answered` whether the proxy gave the nonce back."""
+    """What the probe saw. `leaks` are ways that led out, `gaps` what might lead further out than this machine's namespaces;
+    `proxy_answered` says whether the proxy gave the nonce back."""
 
     leaks: tuple[str, ...]
     proxy_answered: bool
     detail: dict[str, object]
+    gaps: tuple[str, ...] = ()
 
     @property
     def tight(self) -> bool:
@@ -160,6 +162,7 @@ def _judge(opened: list[Canary], answer: dict[str, Any], nonce: str) -> Finding:
         for canary, arrived in zip(opened, reached, strict=False)
         if arrived
     ]
+    gaps: list[str] = []
     tried = {_name(way): errno_name(way["errno"]) or "opened" for way in answer["ways"]}
     for canary, arrived in zip(opened, reached, strict=False):
         name = _name({"kind": canary.kind, "address": canary.address})
@@ -168,11 +171,11 @@ def _judge(opened: list[Canary], answer: dict[str, Any], nonce: str) -> Finding:
     if tried.get(_name({"kind": "tcp", "address": OUTSIDE})) == "opened":
         leaks.append(f"tcp {OUTSIDE[0]}:{OUTSIDE[1]}")
     if tried.get("vsock socket") == "opened":
-        leaks.append("AF_VSOCK sockets, which no network namespace holds (vsock(7))")
+        gaps.append("it can have AF_VSOCK sockets, which no network namespace holds (vsock(7))")
     detail: dict[str, object] = {"probed": True, "canaries": len(opened), "tried": tried, "proxy_answered": answered}
     if not answered:
         detail["proxy_errno"] = errno_name(answer["proxy"]["errno"])
-    return Finding(tuple(leaks), answered, detail)
+    return Finding(tuple(leaks), answered, detail, tuple(gaps))
 
 
 def _name(way: dict[str, Any]) -> str:

@@ -284,6 +284,7 @@ def protect(paths: list[str], anchors: list[str]) -> bool:
 
     `anchors`, the directories above them, become mount points too: a mount point cannot be renamed away (rename(2), EBUSY).
     """
+    paths = [path for path in paths if not os.statvfs(path).f_flag & MS_RDONLY]
     if not paths:
         return True
     if libc.unshare(CLONE_NEWNS) < 0:

@@ -11,7 +11,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from openshell_supervisor.confine.identity import Identity
@@ -73,6 +73,18 @@ class Code:
     directories: tuple[str, ...] = ()
     anchors: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
+
+
+# Kernel settings that uid 0 may write by its mode bits alone, without a capability: core_pattern, for one, names a program
+# that the kernel runs outside every namespace (core(5)).
+KERNEL_SETTINGS = ("/proc/sys", "/proc/sysrq-trigger", "/sys")
+
+
+def out_of_reach(identity: Identity) -> Code:
+    """What the workload must not be able to write: our code, and for uid 0 the kernel's settings."""
+    code = writable_code(identity)
+    settings = tuple(path for path in KERNEL_SETTINGS if identity.uid == 0 and Path(path).exists())
+    return replace(code, directories=(*code.directories, *settings))
 
 
 def writable_code(identity: Identity) -> Code:

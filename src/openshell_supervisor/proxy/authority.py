@@ -155,7 +155,9 @@ class CertificateAuthority:
         except OSError as error:
             raise _unwritable(run_dir, error) from error
         try:
-            _replace(directory, CA_FILE, self.ca_pem)
+            # The operator's roots stand behind ours for clients that add to their own trust and never read the bundle.
+            own = self.ca_pem + (extra.read_bytes() if extra is not None else b"")
+            _replace(directory, CA_FILE, own)
             _replace(directory, BUNDLE_FILE, self.bundle_pem(extra))
         except OSError as error:
             raise _unwritable(run_dir, error) from error

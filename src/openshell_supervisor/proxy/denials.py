@@ -16,6 +16,7 @@ from openshell_supervisor.verdict.facts import Verdict
 
 # gRPC's PERMISSION_DENIED, UNAVAILABLE and INVALID_ARGUMENT (grpc/statuscodes.md).
 _GRPC_STATUS = {403: 7, 502: 14, 503: 14, 400: 3}
+RESOLUTION_FAILED = "DNS resolution"  # how the texts of `destinations` about a failed look-up begin
 STAY = "This is a policy decision, not a fault: do not retry it and do not try another way round."
 
 
@@ -43,10 +44,15 @@ class Denial:
             headers.append((b"X-OpenShell-Policy", _header_text(self.policy)))
         return headers
 
+    def phrase(self) -> bytes:
+        """The reason phrase of an HTTP/1 status line: all that most clients show of a refused CONNECT. Fixed words only."""
+        origin = "by sandbox policy" if self.status == 403 else "by the sandbox proxy"
+        return f"{HTTPStatus(self.status).phrase} {origin}: {self.reason_id}".encode()
+
     def head_and_body(self) -> bytes:
         """The whole HTTP/1.1 answer, which also ends the connection."""
         payload = self.payload()
-        lines = [b"HTTP/1.1 %d %s" % (self.status, HTTPStatus(self.status).phrase.encode())]
+        lines = [b"HTTP/1.1 %d %s" % (self.status, self.phrase())]
         lines += [name + b": " + value for name, value in self.fields(payload)]
         return b"\r\n".join([*lines, b"Connection: close", b"", payload])
 
@@ -101,6 +107,11 @@ def connection_denied(method: str, host: str, port: int, verdict: Verdict, path:
 def address_denied(method: str, host: str, port: int, detail: str, reason: str, generation: int) -> Denial:
     """The refusal of where a name leads to. `detail` is one of upstream's five phrases (proxy.md 1.7)."""
     hint = f"The name is allowed but its address is not: the operator may pin or list the address (allowed_ips). {STAY}"
+    if reason.startswith(RESOLUTION_FAILED):
+        hint = (
+            "The name is allowed but could not be resolved: check its spelling. A resolver that is away for a while is a fault \
+and no policy decision; retrying later is fine."
+        )
     body: dict[str, object] = {
         "error": "ssrf_denied",
         "detail": f"{method} {host}:{port} blocked: {detail}",

@@ -128,10 +128,10 @@ class Gate:
 
     def failed(self, message: str, origin: Origin | None = None) -> None:
         """Say that something broke that was no decision: an upstream, a handshake, a client."""
-        dst = Endpoint(host=origin.host, port=origin.port) if origin else None
-        self._telemetry.network(
-            "Fail", message, severity=Severity.LOW, ok=False, src=origin.source if origin else None, dst=dst
-        )
+        if origin is not None and origin.host not in message:
+            message = f"{message} ({origin.host}:{origin.port})"
+        # The line shows a message only where no destination is set (ocsf.md 2.3); here the message says more.
+        self._telemetry.network("Fail", message, severity=Severity.LOW, ok=False, src=origin.source if origin else None)
 
     # -- requests (L7) ---------------------------------------------------------------------------------------------
 
@@ -200,6 +200,7 @@ class Gate:
     ) -> Ruling:
         """`decision` is allow, audit or deny for an L7 verdict, allowed or denied for an L4 one."""
         refused = denial is not None
+        observed = self.observe or decision == "audit"
         by_rules = decision in ("allow", "audit", "deny")
         word = "FORWARD" if origin.forward else "L7_REQUEST"
         if by_rules and origin.forward:
@@ -212,10 +213,10 @@ class Gate:
             target=target,
             path=path,
             message=f"{message} reason={verdict.reason}" if by_rules else message,
-            action=self._action if refused else "Allowed",
+            action=("Observed" if observed else "Denied") if refused or decision == "audit" else "Allowed",
             policy=verdict.policy or "-",
             engine="l7" if by_rules else "opa",
-            reason=verdict.reason if refused else None,
+            reason=verdict.reason if refused or decision == "audit" else None,
         )
 
     def _record(self, origin: Origin, method: str, ruling: Ruling, upgrade: bool) -> None:

@@ -296,7 +296,8 @@ class Telemetry:
             alert=True,
             confidence="High",
             action="Denied",
-            evidence=wording.bypass_evidence(ip, port, protocol, actor) | ({"uid": str(uid)} if uid is not None else {}),
+            evidence=wording.bypass_evidence(ip, port, protocol, actor)
+            | ({"uid": str(uid)} if uid is not None else {}),
             remediation=hint,
             desc=wording.BYPASS_REASON,
         )

@@ -100,7 +100,7 @@ class Child:
                 code="workload_not_started",
                 step=answer["step"],
                 errno=answer["errno"] or None,
-                hint="the program is looked up in the workload's own PATH, with the workload's identity",
+                hint="looked up in PATH as the workload's user: not found, or in a directory that this user may not enter",
             )
 
     def discard(self) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import os
 import pty
 import signal
+import stat
 import struct
 import termios
 import tty
@@ -23,6 +24,7 @@ CHUNK_BYTES = 4096
 DEFAULT_ROWS, DEFAULT_COLUMNS = 24, 80
 # After the workload's end its last output may still be in the pair; upstream waits 2 s for its readers.
 DRAIN_SECONDS = 2.0
+FEED_PAUSE_SECONDS = 0.01  # between chunks typed from a file: the reader on the other side needs its turn
 
 
 class Terminal:
@@ -57,8 +59,10 @@ class Terminal:
         loop.add_reader(self._master, self._from_workload)
         try:
             loop.add_reader(0, self._to_workload)
-        except (PermissionError, OSError):
-            pass  # stdin is a regular file or closed: epoll refuses it, and a terminal session has nothing to read there
+        except PermissionError:  # epoll takes no regular file and no /dev/null
+            if stat.S_ISREG(os.fstat(0).st_mode):
+                loop.call_soon(self._feed_file)
+            # With /dev/null nobody is attached: the session waits, as a driver expects of its main process.
         return self
 
     def __exit__(
@@ -94,6 +98,21 @@ class Terminal:
             self._ended.set()
             return
         _write_all(1, data)
+
+    def _feed_file(self) -> None:
+        """Type a regular file's content, a chunk a turn of the loop, then end of file; a full terminal is tried again."""
+        place = os.lseek(0, 0, os.SEEK_CUR)
+        data = os.read(0, CHUNK_BYTES) or b"\x04"
+        try:
+            written = os.write(self._master, data)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            return  # the workload is gone
+        if data != b"\x04":
+            os.lseek(0, place + written, os.SEEK_SET)
+        if data != b"\x04" or not written:
+            asyncio.get_running_loop().call_later(FEED_PAUSE_SECONDS, self._feed_file)
 
     def _to_workload(self) -> None:
         data = os.read(0, CHUNK_BYTES)

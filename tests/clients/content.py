@@ -22,15 +22,15 @@ from upstream import Answer, Request
 
 HELLO = b"hello from the real upstream\n"
 SECRET = b"nobody may read this\n"
-# The size that the issue's users download; one block, repeated, so that the server's memory stays flat too.
-BIG_BLOCKS, BLOCK = 300, os.urandom(1 << 20)
+# A big download is one block, repeated, so that the server's memory stays flat too.
+BLOCK = os.urandom(1 << 20)
 GIT_SECONDS = 20
 
 
-def big_digest() -> str:
-    """SHA-256 of the big download."""
+def big_digest(blocks: int) -> str:
+    """SHA-256 of the download /public/big?BLOCKS, of as many MiB."""
     digest = hashlib.sha256()
-    for _ in range(BIG_BLOCKS):
+    for _ in range(blocks):
         digest.update(BLOCK)
     return digest.hexdigest()
 
@@ -73,7 +73,8 @@ class Content:
             case "api":
                 return Answer(json.dumps({"name": "real", "http": request.version}).encode())
             case "big":
-                return Answer((BLOCK for _ in range(BIG_BLOCKS)), length=BIG_BLOCKS * len(BLOCK))
+                blocks = int(request.query)
+                return Answer((BLOCK for _ in range(blocks)), length=blocks * len(BLOCK))
         return Answer(b"no such file\n", 404)
 
     def _git(self, request: Request) -> Answer:

@@ -82,10 +82,8 @@ _HTTPS_GET = (
     ".on('error', e => { console.error(e.message); process.exitCode = 1 })"
 )
 _JAVA_TOLD = (
-    'keytool -importcert -noprompt -keystore trust.p12 -storepass changeit -file "$NODE_EXTRA_CA_CERTS" >/dev/null 2>&1;'
-    " keytool -importcert -noprompt -keystore trust.p12 -storepass changeit -alias up -file up.pem >/dev/null 2>&1;"
-    ' hp=${HTTPS_PROXY#http://}; export JAVA_TOOL_OPTIONS="-Dhttps.proxyHost=${hp%:*} -Dhttps.proxyPort=${hp#*:}'
-    ' -Djavax.net.ssl.trustStore=$PWD/trust.p12 -Djavax.net.ssl.trustStorePassword=changeit"; '
+    'proxy=${HTTPS_PROXY#http://}; export JAVA_TOOL_OPTIONS="-Dhttps.proxyHost=${proxy%:*} -Dhttps.proxyPort=${proxy#*:}'
+    ' -Djavax.net.ssl.trustStore=$PWD/trust.p12"; java programs/Get.java'
 )
 
 CLIENTS = (
@@ -197,9 +195,14 @@ CLIENTS = (
         refused(f'node -e "{_FETCH}" $URL/public/hello', "fetch failed"),
         refused(f'node -e "{_HTTPS_GET}" $URL/public/hello', "EAI_AGAIN|ENOTFOUND"),
     )),
-    # Java reads no variable but its own options; until the supervisor writes a trust store, the user does (docs).
-    Client("Java HttpClient, told", ("java", "keytool"), PUBLIC, (
-        works(f"{_JAVA_TOLD} java programs/Get.java $URL/public/hello", f"200 {HELLO}"),
-        denied(f"{_JAVA_TOLD} java programs/Get.java $URL/private/secret", WHOLE_REASON),
+    # Java reads no variable but its own options, and roots only from a store of its own format.
+    Client("Java HttpClient, told", ("java",), PUBLIC, (
+        works("$PY programs/truststore.py trust.p12", ""),
+        works(f"{_JAVA_TOLD} $URL/public/hello", f"200 {HELLO}"),
+        denied(f"{_JAVA_TOLD} $URL/private/secret", WHOLE_REASON),
+        refused(f"{_JAVA_TOLD} $ELSEWHERE/public/hello", "Tunnel failed, got: 403"),
     )),
+    Client("Java HttpClient, not told", ("java",), PUBLIC, (
+        refused("java programs/Get.java $URL/public/hello", "UnresolvedAddressException|ConnectException"),
+    ), modes=(INSPECTED,)),
 )  # fmt: skip

@@ -1,10 +1,13 @@
-"""300 MB through the sandbox: every byte arrives and the supervisor's memory stays flat, inspected or relayed in the kernel."""
+"""Big transfers through the sandbox: every byte arrives and the supervisor's memory stays flat, inspected or relayed."""
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 import re
+import shutil
 import subprocess
+import sys
 import time
 
 import content
@@ -12,27 +15,55 @@ import product
 import pytest
 import sandboxed
 
-# What the supervisor may grow by while 300 MB pass: buffers of one connection, and the allocator's slack.
+# What the supervisor may grow by while hundreds of MiB pass: buffers of one connection, and the allocator's slack.
 GROWTH_KIB = 24 * 1024
 SECONDS = 30.0
+
+# curl's options, MiB. The size that the issue's users download; less where h2 in Python carries every byte three times.
+DOWNLOADS = {"inspected": ("--http1.1", 300), "inspected, h2": ("--http2", 40), "passed": ("--http1.1", 300)}
 
 SCRIPT = """
 cd {home}
 curl -sS {url}/public/hello; touch warm; while [ ! -e go ]; do sleep 0.05; done
-curl -sS {option} {url}/public/big | sha256sum
+{transfer}
 touch done; while [ ! -e end ]; do sleep 0.05; done
 """
 
 
-@pytest.mark.parametrize("option", ["--http1.1"])
-@pytest.mark.parametrize("mode", ["inspected", "passed"])
-def test_big_download_in_flat_memory(mode: str, option: str, site: sandboxed.Site, home: pathlib.Path) -> None:
-    """The digest of 300 MB is right, and the supervisor's peak is at most 24 MiB above what it had after a small answer."""
+@pytest.mark.parametrize("name", DOWNLOADS)
+def test_big_download_in_flat_memory(name: str, site: sandboxed.Site, home: pathlib.Path) -> None:
+    """The digest of 300 MiB is right, and the supervisor's peak is at most 24 MiB above what it had after a small answer."""
+    option, blocks = DOWNLOADS[name]
+    out = transfer(f"curl -sS {option} '{site.url}/public/big?{blocks}' | sha256sum", name, site, home)
+    assert content.big_digest(blocks) in out
+
+
+HELD = pytest.mark.xfail(reason="the proxy holds what the other side's HTTP/2 window does not take", strict=False)
+
+
+@pytest.mark.parametrize("option", ["--http1.1", pytest.param("--http2", marks=HELD)])
+def test_big_upload_in_flat_memory(option: str, site: sandboxed.Site, home: pathlib.Path) -> None:
+    """The same upwards: 40 MiB arrive whole at the upstream."""
+    size = 40 << 20
+    out = transfer(f"head -c {size} /dev/zero | curl -sS {option} -T - {site.url}/up/x", "inspected", site, home)
+    assert f"{size} {hashlib.sha256(bytes(size)).hexdigest()}" in out
+
+
+@HELD
+def test_client_that_stops_reading_is_not_read_for(site: sandboxed.Site, home: pathlib.Path) -> None:
+    """An HTTP/2 client that takes 64 KiB of 100 MiB and no more does not make the supervisor hold the rest."""
+    command = f"{sys.executable} programs/h2_stalled.py {sandboxed.HOST}:{sandboxed.PORT} /public/big?100 1.5"
+    assert transfer(command, "inspected", site, home).endswith("\n65535\n")
+
+
+def transfer(command: str, mode: str, site: sandboxed.Site, home: pathlib.Path) -> str:
+    """Run one transfer in a sandbox, hold the supervisor's memory to its bound, and answer what the workload printed."""
     lacking = sandboxed.missing(("curl",))
     if lacking:
         pytest.skip(lacking)
-    text = sandboxed.policy(("GET /public/**",), inspected=mode == "inspected")
-    script = SCRIPT.format(home=home, url=site.url, option=option)
+    text = sandboxed.policy(("GET /public/**", "PUT /up/**"), inspected=mode.startswith("inspected"))
+    script = SCRIPT.format(home=home, url=site.url, transfer=command)
+    shutil.copytree(sandboxed.PROGRAMS, home / "programs")
     (home / "run").mkdir()
     line = sandboxed.bare(product.argv(home / "run", text, ["sh", "-c", script], site.options()))
     with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
@@ -46,8 +77,9 @@ def test_big_download_in_flat_memory(mode: str, option: str, site: sandboxed.Sit
             out, err = running.communicate(timeout=SECONDS)
         finally:
             running.kill()
-    assert content.big_digest() in out.decode(), err.decode()
+    assert out, err.decode()
     assert peak - before < GROWTH_KIB, f"{before} KiB before, {peak} KiB at most"
+    return out.decode()
 
 
 def wait_for(path: pathlib.Path) -> None:

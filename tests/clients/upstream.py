@@ -1,7 +1,7 @@
 """A real HTTPS server on loopback: one address, HTTP/1.1 and HTTP/2 by ALPN, a certificate of the test's own root.
 
 What it serves lies in `content.py`; this file only carries it: `answer(Request) -> Answer`, on either protocol. It refuses
-to know the clients and the product. The HTTP/2 side answers whole bodies within the peer's flow-control window.
+to know the clients and the product. Bodies are streamed, on HTTP/2 as the peer's flow-control window allows.
 """
 
 from __future__ import annotations
@@ -184,13 +184,13 @@ class _Http1(http.server.BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = b""
+        body = bytearray()
         while size := int(self.rfile.readline().split(b";")[0], 16):
             body += self.rfile.read(size)
             self.rfile.readline()
         while self.rfile.readline().strip():
             pass
-        return body
+        return bytes(body)
 
     def log_message(self, format: str, *args: object) -> None:
         """The test says what went wrong."""
@@ -203,7 +203,7 @@ def _serve_http2(sock: ssl.SSLSocket, upstream: Upstream) -> None:
     sock.sendall(link.data_to_send())
     heads: dict[int, dict[str, str]] = {}
     bodies: dict[int, bytearray] = {}
-    pending: dict[int, bytearray] = {}
+    pending: dict[int, _Outgoing] = {}
     while data := sock.recv(65536):
         for event in link.receive_data(data):
             if isinstance(event, h2.events.RequestReceived):
@@ -217,18 +217,33 @@ def _serve_http2(sock: ssl.SSLSocket, upstream: Upstream) -> None:
                 request = Request(head[":method"], path, query, head, bytes(bodies[event.stream_id]), "2")
                 answer = upstream.answer(request)
                 link.send_headers(event.stream_id, [(":status", str(answer.status)), *answer.head().items()])
-                pending[event.stream_id] = bytearray(b"".join(answer.pieces()))
+                pending[event.stream_id] = _Outgoing(answer.pieces())
             elif isinstance(event, h2.events.StreamReset):
                 pending.pop(event.stream_id, None)
-        _send_what_fits(link, pending)
+        for stream, outgoing in list(pending.items()):
+            while outgoing.send_some(link, stream):
+                sock.sendall(link.data_to_send())
+            if outgoing.ended:
+                link.end_stream(stream)
+                del pending[stream]
         sock.sendall(link.data_to_send())
 
 
-def _send_what_fits(link: h2.connection.H2Connection, pending: dict[int, bytearray]) -> None:
-    for stream, left in list(pending.items()):
-        while left and (room := min(link.local_flow_control_window(stream), link.max_outbound_frame_size)) > 0:
-            link.send_data(stream, bytes(left[:room]))
-            del left[:room]
-        if not left:
-            link.end_stream(stream)
-            del pending[stream]
+class _Outgoing:
+    """The body of one HTTP/2 answer on its way out."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._left, self.ended = pieces, memoryview(b""), False
+
+    def send_some(self, link: h2.connection.H2Connection, stream: int) -> bool:
+        """Send what the window takes of one piece; False when it takes nothing, or there is nothing more."""
+        while not self._left and not self.ended:
+            piece = next(self._pieces, None)
+            self.ended = piece is None
+            self._left = memoryview(piece or b"")
+        room = min(link.local_flow_control_window(stream), link.max_outbound_frame_size)
+        if not self._left or room <= 0:
+            return False
+        link.send_data(stream, self._left[:room].tobytes())
+        self._left = self._left[room:]
+        return True

@@ -15,8 +15,9 @@ import pathlib
 import shutil
 import subprocess
 import tarfile
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from upstream import Answer, Request
 
@@ -24,6 +25,7 @@ HELLO = b"hello from the real upstream\n"
 SECRET = b"nobody may read this\n"
 # A big download is one block, repeated, so that the server's memory stays flat too.
 BLOCK = os.urandom(1 << 20)
+SLOW_PIECES, SLOW_PAUSE = (b"data: 1\n", b"data: 2\n", b"data: 3\n"), 0.3
 GIT_SECONDS = 20
 
 
@@ -72,6 +74,8 @@ class Content:
                 return Answer(status=302, headers={"location": f"{self.url}/private/secret"})
             case "api":
                 return Answer(json.dumps({"name": "real", "http": request.version}).encode())
+            case "slow":
+                return Answer(_slowly(), length=len(SLOW_PIECES) * len(SLOW_PIECES[0]))
             case "big":
                 blocks = int(request.query)
                 return Answer((BLOCK for _ in range(blocks)), length=blocks * len(BLOCK))
@@ -100,6 +104,13 @@ class Content:
         head, _, body = done.stdout.partition(b"\r\n\r\n")
         fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n") if line)
         return Answer(body, int(fields.pop("Status", "200").split()[0]), {k.lower(): v for k, v in fields.items()})
+
+
+def _slowly() -> Iterator[bytes]:
+    """As a model's answer comes: a piece, a pause, a piece."""
+    for piece in SLOW_PIECES:
+        yield piece
+        time.sleep(SLOW_PAUSE)
 
 
 def _uploaded(request: Request) -> Answer:

@@ -59,6 +59,10 @@ HELLO = "hello from the real upstream"
 PUBLIC = ("GET /public/**",)
 WHOLE_REASON = '"reason_id": "rule_not_matched"'
 
+_ARRIVALS = (
+    "import os, time; came = []\nwhile data := os.read(0, 65536): came.append((time.monotonic(), data.count(10)))\n"
+    "print(sum(n for _, n in came), 'lines,', 'in pieces' if came[-1][0] - came[0][0] > 0.4 else 'all at once')"
+)
 _URLLIB = "import urllib.request as r, sys; print(r.urlopen(sys.argv[1]).read().decode())"
 _REQUESTS = "import requests, sys; a = requests.get(sys.argv[1]); print(a.status_code, a.text); a.raise_for_status()"
 _HTTPX = (
@@ -98,6 +102,12 @@ CLIENTS = (
         denied("curl -sSL --fail-with-body $URL/public/away", WHOLE_REASON),
         denied("curl -sS --fail-with-body -X DELETE $URL/public/hello", "DELETE /public/hello"),
         refused("curl -sS $ELSEWHERE/public/hello", "CONNECT tunnel failed, response 403"),
+    )),
+    Client("curl, streams and many at once", ("curl",), PUBLIC, (
+        works(f'curl -sSN --http1.1 $URL/public/slow | $PY -c "{_ARRIVALS}"', "3 lines, in pieces"),
+        works(f'curl -sSN --http2 $URL/public/slow | $PY -c "{_ARRIVALS}"', "3 lines, in pieces"),
+        works("curl -sSZ --http2 --parallel-max 16 $URL/public/hello'?[1-60]' | grep -c hello", "\n60\n"),
+        works("curl -sSZ --http1.1 --parallel-max 16 $URL/public/hello'?[1-60]' | grep -c hello", "\n60\n"),
     )),
     # Debian's wget (GnuTLS) reads no environment variable for its roots; its configuration file is the only way.
     Client("wget, told its roots", ("wget",), PUBLIC, (

@@ -29,7 +29,7 @@ def test_client(client: table.Client, mode: str, site: sandboxed.Site, home: pat
     outcomes, ran = sandboxed.live(client, mode, site, home)
     assert ran.layer("network")["state"] == "enforced"
     wrong = [_complaint(outcome) for outcome in outcomes]
-    assert not any(wrong), "\n\n".join(filter(None, wrong)) + "\n\n" + ran.err
+    assert not any(wrong), "\n\n".join(filter(None, wrong)) + "\n\n" + ran.err[-2 * MOST :]
     reached = [line for line in site.upstream.seen[before:] if " /private" in line or line.startswith("DELETE")]
     assert not reached
     if mode == table.INSPECTED:

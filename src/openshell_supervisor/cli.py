@@ -39,11 +39,16 @@ def run(arguments: Sequence[str]) -> NoReturn:
     except SettingsError:
         _forget_statement(settings_room.status_file_of(arguments, os.environ))
         raise
+    from openshell_supervisor.proxy import authority
+
+    begun = None
+    with contextlib.suppress(OSError):  # then the supervisor makes its own
+        begun = authority.begin()
     import asyncio
 
     from openshell_supervisor import supervisor
 
-    code = asyncio.Runner().run(supervisor.run(settings))
+    code = asyncio.Runner().run(supervisor.run(settings, begun))
     # Everything of ours is closed. What may still run is the import of the proxy's inspection, in a thread that cannot be
     # cancelled: a workload shorter than that import must not wait for it.
     os._exit(code)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,6 @@ from openshell_supervisor.confine.separation import (
 from openshell_supervisor.errors import BoundaryError, LaunchError
 from openshell_supervisor.proxy.frontend import Proxy, ProxyOptions
 from openshell_supervisor.sandbox import Sandbox
-from openshell_supervisor.verdict.decide import Generation
 from openshell_supervisor.workload.child import Child
 
 # After the workload's end, live exchanges have nobody left to answer; this is for the last events only.
@@ -54,9 +52,8 @@ async def settle(sandbox: Sandbox, boundary: Boundary, child: Child) -> Settled:
     settings = sandbox.settings
     egress = "observe" if not boundary.isolated or settings.egress == "observe" else "enforce"
     options = ProxyOptions(egress=egress, pins=settings.resolve, upstream_ca=settings.upstream_ca)
-    generation: Callable[[], Generation] = lambda: sandbox.generation  # noqa: E731
     authority = await sandbox.authority
-    proxy = Proxy(options, generation=generation, telemetry=sandbox.telemetry, authority=authority)
+    proxy = Proxy(options, generation=lambda: sandbox.generation, telemetry=sandbox.telemetry, authority=authority)
     nonce = secrets.token_hex(16)
     proxy.answer_probe(nonce)
     serving = asyncio.create_task(proxy.serve(boundary.listener), name="proxy")

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from openshell_supervisor.confine import launcher
 from openshell_supervisor.confine.identity import Identity
+from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.proxy.authority import CertificateAuthority
 from openshell_supervisor.settings import Settings
 from openshell_supervisor.telemetry.events import Telemetry
-from openshell_supervisor.verdict.decide import Generation
 from openshell_supervisor.workload.child import Child
 from openshell_supervisor.workload.process import Guard
 from openshell_supervisor.workload.reaper import Reaper
 from openshell_supervisor.workload.terminal import Terminal
+
+if TYPE_CHECKING:
+    from openshell_supervisor.verdict.decide import Generation
 
 
 @dataclass(slots=True)
@@ -25,7 +29,7 @@ class Sandbox:
     settings: Settings
     telemetry: Telemetry
     reaper: Reaper
-    generation: Generation
+    policy: SandboxPolicy
     identity: Identity
     directory: Path
     authority: asyncio.Task[CertificateAuthority]
@@ -33,6 +37,17 @@ class Sandbox:
     launchers: list[Child]
     guard: Guard
     open_files: tuple[int, int]
+    generation_number: int = 1
+    _generation: Generation | None = None
+
+    @property
+    def generation(self) -> Generation:
+        """The policy, ready to be asked; made when the first question comes, because that imports the engine's room."""
+        if self._generation is None:
+            from openshell_supervisor.verdict.decide import build_generation
+
+            self._generation = build_generation(self.policy, self.generation_number)
+        return self._generation
 
     def new_launcher(self) -> Child:
         """A launcher; the first was started early, so that its interpreter's start overlaps with ours."""

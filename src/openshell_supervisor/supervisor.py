@@ -30,7 +30,7 @@ from openshell_supervisor.policy import yaml_file
 from openshell_supervisor.policy.defaults import default_policy
 from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.policy.not_built import not_built, refusals
-from openshell_supervisor.proxy.authority import CertificateAuthority
+from openshell_supervisor.proxy.authority import finish
 from openshell_supervisor.proxy.frontend import Proxy
 from openshell_supervisor.sandbox import Sandbox, start_launcher
 from openshell_supervisor.settings import Settings
@@ -38,8 +38,6 @@ from openshell_supervisor.telemetry.events import Context, Process, Severity, Te
 from openshell_supervisor.telemetry.line_writer import STDERR
 from openshell_supervisor.telemetry.plain_log import LateLogger, configure_plain_logging
 from openshell_supervisor.telemetry.sinks import ConsoleSink, JsonlSink
-from openshell_supervisor.verdict.decide import Generation, build_generation
-from openshell_supervisor.verdict.engines.embedded import EngineError
 from openshell_supervisor.workload import environ, process
 from openshell_supervisor.workload.child import Child
 from openshell_supervisor.workload.guard import Mark
@@ -54,13 +52,16 @@ PID_LIMIT_FILE = Path("/sys/fs/cgroup/pids.max")
 log = LateLogger("openshell_supervisor.supervisor")
 
 
-async def run(settings: Settings) -> int:
-    """Live one sandbox's life; answers the exit code. Raises `SupervisorError` for everything that can be explained."""
+async def run(settings: Settings, authority: int | None = None) -> int:
+    """Live one sandbox's life; answers the exit code. Raises `SupervisorError` for everything that can be explained.
+
+    `authority` is where a certificate authority begun earlier arrives (`proxy.authority.begin`), None to make it here.
+    """
     configure_plain_logging(settings.log_level)
     telemetry = _telemetry(settings)
     early = _catch_early_signals()
     try:
-        async with _prepared(settings, telemetry) as sandbox:
+        async with _prepared(settings, telemetry, authority) as sandbox:
             return await _live(sandbox)
     except asyncio.CancelledError:
         if not early:
@@ -94,7 +95,7 @@ def _telemetry(settings: Settings) -> Telemetry:
 
 
 @contextlib.asynccontextmanager
-async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Sandbox]:
+async def _prepared(settings: Settings, telemetry: Telemetry, begun: int | None) -> AsyncIterator[Sandbox]:
     """Everything that can fail before the host is touched, in that order; the run directory is removed at the end."""
     # Same-uid processes must not read our memory, environment or descriptors through /proc (prctl(2), PR_SET_DUMPABLE).
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -120,10 +121,9 @@ async def _prepared(settings: Settings, telemetry: Telemetry) -> AsyncIterator[S
         guard = process.Guard.start(reaper, directory, settings.status_file)
         stack.callback(guard.dismiss)
         stack.callback(_discard_all, launchers)
-        authority = asyncio.create_task(asyncio.to_thread(CertificateAuthority.create))
-        generation = build_generation(policy, 1)
+        authority = asyncio.create_task(asyncio.to_thread(finish, begun))
         yield Sandbox(
-            settings, telemetry, reaper, generation, identity, directory, authority, terminal, launchers, guard, limit
+            settings, telemetry, reaper, policy, identity, directory, authority, terminal, launchers, guard, limit
         )
 
 
@@ -228,7 +228,7 @@ async def _climb(sandbox: Sandbox) -> ladder.Ascent[Child, Settled]:
 def _statement(sandbox: Sandbox, ascent: ladder.Ascent[Child, Settled]) -> Statement:
     settled = ascent.settled
     others = report.other_layers(
-        sandbox.generation.policy,
+        sandbox.policy,
         sandbox.identity,
         settled.privileges,
         relaxed_identity=sandbox.settings.relaxed_identity,
@@ -248,7 +248,7 @@ def _statement(sandbox: Sandbox, ascent: ladder.Ascent[Child, Settled]) -> State
         effective_mode=effective,
         rung=rung,
         egress=settled.egress,
-        policy_generation=sandbox.generation.number,
+        policy_generation=sandbox.generation_number,
         layers=[network, *others],
     )
 
@@ -271,7 +271,7 @@ async def _run_workload(sandbox: Sandbox, boundary: Boundary, child: Child, sett
     try:
         request = {"op": "exec", "argv": list(settings.command), "env": _environment(sandbox, boundary)}
         await process.run_attached(child, request, sandbox.terminal)
-        warming = asyncio.create_task(_warm(settled.proxy, sandbox.generation), name="proxy warm-up")
+        warming = asyncio.create_task(_warm(settled.proxy, sandbox), name="proxy warm-up")
         telemetry.process_launched(described)
         outcome = await workload.wait()
         if sandbox.terminal is not None:
@@ -290,14 +290,12 @@ async def _run_workload(sandbox: Sandbox, boundary: Boundary, child: Child, sett
             log.warning("processes of the workload could not be ended", pids=left)
 
 
-async def _warm(proxy: Proxy, generation: Generation) -> None:
+async def _warm(proxy: Proxy, sandbox: Sandbox) -> None:
     """Import the proxy's inspection and the engine while the workload starts; then let the collector run, past what stays."""
-    await proxy.warm()
-    try:
-        await asyncio.to_thread(generation.warm)
-    except EngineError as error:
-        log.error("the policy engine cannot be loaded: every decision is a denial", error=str(error))
-    gc.collect()
+    engine = asyncio.to_thread(lambda: sandbox.generation.warm())
+    for failure in await asyncio.gather(proxy.warm(), engine, return_exceptions=True):
+        if failure is not None:  # the first request meets it again, and is denied
+            log.error("the proxy cannot be made ready: what needs it will be denied", error=repr(failure))
     gc.freeze()
     gc.enable()
 

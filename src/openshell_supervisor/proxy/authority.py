@@ -10,18 +10,22 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import re
 import secrets
+import select
 import stat
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from openshell_supervisor.errors import ProxyError
 
 if TYPE_CHECKING:
     from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
 COMMON_NAME = "OpenShell Sandbox CA"
 ORGANIZATION = "OpenShell"
@@ -33,6 +37,8 @@ CA_VALIDITY = datetime.timedelta(days=3650)
 BACKDATE = datetime.timedelta(days=2)
 # Upstream's cache size (proxy.md 2.5); a leaf in PEM is about 1 KiB.
 MAX_LEAVES = 256
+# A process that makes an authority needs 50–100 ms; a loaded machine has been seen to need a second.
+MAKING_TIMEOUT = 10.0
 # RFC 5280 upper bound of a common name.
 _MAX_COMMON_NAME = 64
 
@@ -56,27 +62,23 @@ class TrustFiles:
 
 
 class CertificateAuthority:
-    """A private EC P-256 authority. Make it with `create`."""
+    """A private EC P-256 authority. Make it with `create`, or have a process make it with `begin`.
 
-    def __init__(
-        self, key: EllipticCurvePrivateKey, certificate: x509.Certificate, leaf_key: EllipticCurvePrivateKey
-    ) -> None:
-        from cryptography.hazmat.primitives import serialization
+    `pem` holds three blocks: its key, the key of all leaves, its certificate. They are parsed when the first leaf is signed.
+    """
 
-        self._key = key
-        self._certificate = certificate
-        self._leaf_key = leaf_key
+    def __init__(self, pem: bytes) -> None:
+        key, leaf_key, certificate = _blocks(pem)
+        self._key_pem = key
+        self._leaf_key_pem = leaf_key
         self._leaves: OrderedDict[str, bytes] = OrderedDict()
-        self._leaf_key_pem = leaf_key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        self.ca_pem: bytes = certificate.public_bytes(serialization.Encoding.PEM)
+        self.ca_pem: bytes = certificate
 
     @classmethod
     def create(cls) -> CertificateAuthority:
         """A new authority with fresh keys; about a millisecond once cryptography is imported."""
         from cryptography import x509
-        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
 
         key = ec.generate_private_key(ec.SECP256R1())
@@ -96,7 +98,26 @@ class CertificateAuthority:
             .add_extension(identifier, critical=False)
             .sign(key, hashes.SHA256())
         )
-        return cls(key, certificate, ec.generate_private_key(ec.SECP256R1()))
+        return cls(
+            _private(key)
+            + _private(ec.generate_private_key(ec.SECP256R1()))
+            + certificate.public_bytes(serialization.Encoding.PEM)
+        )
+
+    @cached_property
+    def _material(self) -> tuple[EllipticCurvePrivateKey, x509.Certificate, EllipticCurvePublicKey]:
+        """The signing key, the certificate, and the public key of the leaves."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives import serialization
+
+        key = serialization.load_pem_private_key(self._key_pem, None)
+        leaf_key = serialization.load_pem_private_key(self._leaf_key_pem, None)
+        certificate = x509.load_pem_x509_certificate(self.ca_pem)
+        return cast("EllipticCurvePrivateKey", key), certificate, cast("EllipticCurvePrivateKey", leaf_key).public_key()
+
+    def load(self) -> None:
+        """Parse the keys now, so that the first leaf does not wait for cryptography's import."""
+        assert self._material
 
     def leaf_pem(self, host: str) -> bytes:
         """Key, leaf and CA as one PEM for a TLS server that calls itself `host` (a lower-case name or an IP address)."""
@@ -120,12 +141,13 @@ class CertificateAuthority:
         except ValueError:
             alternative = x509.DNSName(host)
         now = datetime.datetime.now(datetime.UTC)
-        authority = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        key, certificate, leaf_key = self._material
+        authority = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         return (
             x509.CertificateBuilder()
             .subject_name(_name(host[:_MAX_COMMON_NAME]))
-            .issuer_name(self._certificate.subject)
-            .public_key(self._leaf_key.public_key())
+            .issuer_name(certificate.subject)
+            .public_key(leaf_key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - BACKDATE)
             .not_valid_after(now - BACKDATE + LEAF_VALIDITY)
@@ -134,7 +156,7 @@ class CertificateAuthority:
             .add_extension(_key_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority), critical=False)
-            .sign(self._key, hashes.SHA256())
+            .sign(key, hashes.SHA256())
             .public_bytes(serialization.Encoding.PEM)
         )
 
@@ -164,6 +186,49 @@ class CertificateAuthority:
         finally:
             os.close(directory)
         return TrustFiles(run_dir / CA_FILE, run_dir / BUNDLE_FILE)
+
+
+def _private(key: EllipticCurvePrivateKey) -> bytes:
+    from cryptography.hazmat.primitives import serialization
+
+    plain = serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+
+
+def _blocks(pem: bytes) -> list[bytes]:
+    """The PEM blocks of a text, each with its newline. Raises ValueError unless there are three."""
+    blocks = re.findall(rb"-----BEGIN [A-Z ]+-----\n.*?-----END [A-Z ]+-----\n", pem, re.DOTALL)
+    if len(blocks) != 3:
+        raise ValueError(f"an authority has three PEM blocks, not {len(blocks)}")
+    return blocks
+
+
+def begin() -> int:
+    """Start a process that makes an authority on another core; answers the descriptor where `finish` reads it.
+
+    cryptography takes 30 ms to import, a third of the way to the workload's first instruction. The key comes through a pipe
+    between our own processes, before any workload exists. Raises OSError.
+    """
+    reading, writing = os.pipe()
+    try:
+        argv = [sys.executable, "-I", "-m", __name__]
+        os.posix_spawn(argv[0], argv, {}, file_actions=[(os.POSIX_SPAWN_DUP2, writing, 1)])
+    finally:
+        os.close(writing)
+    return reading
+
+
+def finish(reading: int | None) -> CertificateAuthority:
+    """The authority that a process begun earlier writes; made here where there is none, or it failed. Blocks; for a thread."""
+    pem = b""
+    if reading is not None:
+        with os.fdopen(reading, "rb") as pipe:
+            ready, _, _ = select.select([pipe], [], [], MAKING_TIMEOUT)
+            pem = pipe.read() if ready else b""
+    try:
+        return CertificateAuthority(pem)
+    except ValueError:
+        return CertificateAuthority.create()
 
 
 def trusted_roots(extra: Path | None) -> tuple[bytes, ...]:
@@ -232,3 +297,8 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+if __name__ == "__main__":
+    made = CertificateAuthority.create()
+    sys.stdout.buffer.write(made._key_pem + made._leaf_key_pem + made.ca_pem)

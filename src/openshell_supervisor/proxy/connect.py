@@ -58,6 +58,14 @@ class ConnectHandler:
         self._local = local_host
         self._sessions = sessions
 
+    def prepare(self) -> None:
+        """Parse the system's roots and our own keys now; takes tens of milliseconds, for a thread."""
+        self._suite.prepare()
+
+    def close(self) -> None:
+        """Let the resolver's threads end."""
+        self._destinations.close()
+
     async def serve_plain(self, client: socket.socket, origin: Origin, head: bytes) -> None:
         """Absolute-form HTTP, keep-alive: the session asks anew for each request; `head` is the first one, already read."""
         session_type = await self._sessions()

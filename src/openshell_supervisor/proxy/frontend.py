@@ -16,15 +16,13 @@ import resource
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openshell_supervisor.proxy import denials, local, sockets, tls
+from openshell_supervisor.proxy import denials, local, sockets
 from openshell_supervisor.proxy.authority import CertificateAuthority
-from openshell_supervisor.proxy.connect import ConnectHandler
 from openshell_supervisor.proxy.denials import Denial, failure
-from openshell_supervisor.proxy.destinations import Destinations
-from openshell_supervisor.proxy.gate import Gate, Origin
 from openshell_supervisor.proxy.head import (
     MAX_FIRST_HEAD,
     HeadError,
@@ -34,13 +32,14 @@ from openshell_supervisor.proxy.head import (
     split_authority,
 )
 from openshell_supervisor.proxy.local import LocalHost, plain_answer
-from openshell_supervisor.proxy.tls import TlsSuite
 from openshell_supervisor.telemetry.events import Endpoint, Severity, Telemetry
-from openshell_supervisor.verdict.decide import Generation
 from openshell_supervisor.verdict.facts import TargetError, canonical_host
 
 if TYPE_CHECKING:
+    from openshell_supervisor.proxy.connect import ConnectHandler
+    from openshell_supervisor.proxy.gate import Gate, Origin
     from openshell_supervisor.proxy.http_session import HttpSession
+    from openshell_supervisor.verdict.decide import Generation
 
 # The first head, from accept to blank line. curl and browsers send it at once.
 FIRST_HEAD_TIMEOUT = 30.0
@@ -86,16 +85,32 @@ class Proxy:
         authority: CertificateAuthority,
     ) -> None:
         self._telemetry = telemetry
-        self._gate = Gate(generation=generation, telemetry=telemetry, observe=options.egress == "observe")
-        self._destinations = Destinations(options.pins)
+        self._options = options
+        self._generation = generation
+        self._authority = authority
         self._local = LocalHost()
-        self._suite = TlsSuite(authority, options.upstream_ca)
-        self._connect = ConnectHandler(self._gate, self._destinations, self._suite, self._local, self._sessions)
-        self._live: dict[asyncio.Task[None], int] = {}
+        self._live: dict[asyncio.Task[None], int | None] = {}  # to the generation of its first verdict
         self._slots = asyncio.Semaphore(_connection_limit())
         self._accepting: asyncio.Task[None] | None = None
         self._draining = False
         self._warming: asyncio.Future[None] | None = None
+
+    # Made by the first request that needs a verdict, or by `warm`: what they import would delay the workload's start.
+
+    @cached_property
+    def _gate(self) -> Gate:
+        from openshell_supervisor.proxy.gate import Gate
+
+        return Gate(generation=self._generation, telemetry=self._telemetry, observe=self._options.egress == "observe")
+
+    @cached_property
+    def _connect(self) -> ConnectHandler:
+        from openshell_supervisor.proxy.connect import ConnectHandler
+        from openshell_supervisor.proxy.destinations import Destinations
+        from openshell_supervisor.proxy.tls import TlsSuite
+
+        suite = TlsSuite(self._authority, self._options.upstream_ca)
+        return ConnectHandler(self._gate, Destinations(self._options.pins), suite, self._local, self._sessions)
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -126,12 +141,13 @@ class Proxy:
             task.cancel()
         if self._live:
             await asyncio.wait(list(self._live), timeout=ANSWER_TIMEOUT)
-        self._destinations.close()
+        if "_connect" in self.__dict__:
+            self._connect.close()
 
     def cut_stale(self) -> int:
         """End every connection that was opened under an older policy generation; returns how many."""
-        current = self._gate.generation().number
-        stale = [task for task, number in self._live.items() if number < current]
+        current = self._generation().number
+        stale = [task for task, number in self._live.items() if number is not None and number < current]
         for task in stale:
             task.cancel("policy generation changed")
         return len(stale)
@@ -141,8 +157,12 @@ class Proxy:
         if self._warming is None:
             for name in _KEY_LOG_VARIABLES:
                 os.environ.pop(name, None)
-            self._warming = asyncio.ensure_future(asyncio.to_thread(_warm_up, self._suite))
+            self._warming = asyncio.ensure_future(self._warm_up())
         await asyncio.shield(self._warming)
+
+    async def _warm_up(self) -> None:
+        await asyncio.to_thread(_import_inspection)
+        await asyncio.to_thread(self._connect.prepare)
 
     def answer_probe(self, nonce: str) -> None:
         """From now on `GET http://policy.local/v1/probe/<nonce>` is answered 200 with the nonce as body."""
@@ -218,16 +238,15 @@ class Proxy:
     # -- the first request -----------------------------------------------------------------------------------------
 
     async def _first_request(self, client: socket.socket, source: Endpoint) -> None:
-        nowhere = Origin(source, "-", 0, "http", forward=True)
         try:
             async with asyncio.timeout(FIRST_HEAD_TIMEOUT):
                 raw = await sockets.read_head(client, MAX_FIRST_HEAD)
         except TimeoutError:
-            await self._refuse(client, nowhere, failure(408, "head_timeout", "the request head did not arrive in time"))
+            await self._refuse(client, source, failure(408, "head_timeout", "the request head did not arrive in time"))
             return
         except sockets.HeadTooLarge:
             text = f"the request head is longer than {MAX_FIRST_HEAD} bytes"
-            await self._refuse(client, nowhere, failure(431, "head_too_large", text))
+            await self._refuse(client, source, failure(431, "head_too_large", text))
             return
         if not raw:
             return
@@ -238,13 +257,13 @@ class Proxy:
             else:
                 await self._absolute_request(client, source, head, raw)
         except (HeadError, TargetError) as error:
-            await self._refuse(client, nowhere, failure(400, "invalid_request", str(error)))
+            await self._refuse(client, source, failure(400, "invalid_request", str(error)))
 
     async def _connect_request(self, client: socket.socket, source: Endpoint, head: RequestHead) -> None:
         if head.body != 0:
             raise HeadError("CONNECT does not have a body")
         name, port = split_authority(head.target, None)
-        origin = Origin(source, canonical_host(name), port, "https", forward=False)
+        origin = self._origin(source, canonical_host(name), port, "https", forward=False)
         await self._connect.serve(client, origin)
 
     async def _absolute_request(self, client: socket.socket, source: Endpoint, head: RequestHead, raw: bytes) -> None:
@@ -254,8 +273,7 @@ class Proxy:
         scheme, authority, path = absolute
         if scheme != "http":
             text = "Use CONNECT for HTTPS URLs" if scheme == "https" else "unsupported scheme"
-            nowhere = Origin(source, "-", 0, "http", forward=True)
-            await self._refuse(client, nowhere, failure(400, "unsupported_proxy_scheme", text))
+            await self._refuse(client, source, failure(400, "unsupported_proxy_scheme", text))
             return
         name, port = split_authority(authority, 80)
         host = canonical_host(name)
@@ -265,9 +283,19 @@ class Proxy:
                 client, plain_answer(answer) if isinstance(answer, bytes) else answer.head_and_body(), ANSWER_TIMEOUT
             )
             return
-        await self._connect.serve_plain(client, Origin(source, host, port, "http", forward=True), raw)
+        await self._connect.serve_plain(client, self._origin(source, host, port, "http", forward=True), raw)
 
-    async def _refuse(self, client: socket.socket, origin: Origin, denial: Denial) -> None:
+    def _origin(self, source: Endpoint, host: str, port: int, scheme: str, *, forward: bool) -> Origin:
+        """Who asks and for what; from here on the connection belongs to the current generation."""
+        from openshell_supervisor.proxy.gate import Origin
+
+        task = asyncio.current_task()
+        if task in self._live:
+            self._live[task] = self._generation().number
+        return Origin(source, host, port, scheme, forward)
+
+    async def _refuse(self, client: socket.socket, source: Endpoint, denial: Denial) -> None:
+        origin = self._origin(source, "-", 0, "http", forward=True)
         self._gate.request_rejected(origin, "-", "/", str(denial.body["detail"]))
         await sockets.answer_and_linger(client, denial.head_and_body(), ANSWER_TIMEOUT)
 
@@ -298,13 +326,11 @@ def _connection_limit() -> int:
     return max(16, min(MAX_CONNECTIONS, (soft - RESERVED_FILES) // FILES_PER_CONNECTION))
 
 
-def _warm_up(suite: TlsSuite) -> None:
-    """Runs in a thread: a second of imports, and parsing the system's roots, that must not hold up the loop."""
+def _import_inspection() -> None:
+    """Runs in a thread: half a second of imports that must not hold up the loop."""
     logging.getLogger("mitmproxy").setLevel(logging.WARNING)
+    import openshell_supervisor.proxy.connect
     import openshell_supervisor.proxy.http_session  # noqa: F401
-
-    for offers in (tls.INSPECTABLE, ("http/1.1",)):
-        suite.toward_upstream(offers)
 
 
 __all__ = ["CertificateAuthority", "Proxy", "ProxyOptions", "denials"]

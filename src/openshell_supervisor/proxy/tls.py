@@ -33,6 +33,12 @@ class TlsSuite:
         self._server: OrderedDict[tuple[str, str], ssl.SSLContext] = OrderedDict()
         self._client: dict[tuple[str, ...], ssl.SSLContext] = {}
 
+    def prepare(self) -> None:
+        """Make what the first handshakes would otherwise wait for."""
+        for offers in (INSPECTABLE, ("http/1.1",)):
+            self.toward_upstream(offers)
+        self._authority.load()
+
     def toward_client(self, host: str, protocol: str) -> ssl.SSLContext:
         """A server context with the leaf for `host`, which selects `protocol` ("" for no ALPN answer)."""
         key = (host, protocol)

@@ -25,6 +25,7 @@ TARGET = "openshell_supervisor"
 _BARE = re.compile(r"[^\s\"=\\]+")
 _LABELS = {"exception": "ERROR", "critical": "ERROR", "error": "ERROR", "warning": "WARN", "warn": "WARN"}
 _wanted: list[tuple[Level, LineWriter]] = [(Level.INFO, STDERR)]  # what was last asked for; one entry
+_LEVELS = {"debug": Level.DEBUG, "info": Level.INFO, "warning": Level.WARN, "error": Level.ERROR}
 _STDLIB_LABELS = ((logging.ERROR, "ERROR"), (logging.WARNING, "WARN"), (logging.INFO, "INFO"))
 
 
@@ -57,6 +58,10 @@ def _configure_structlog() -> None:
     )
 
 
+def _say_nothing(message: str, **fields: object) -> None:
+    """What a logger answers below the level that was asked for."""
+
+
 class LateLogger:
     """A structlog logger that is made when it first has something to say: importing structlog delays the workload by 8 ms."""
 
@@ -64,6 +69,8 @@ class LateLogger:
         self._target = target
 
     def __getattr__(self, name: str) -> Any:
+        if _LEVELS.get(name, Level.ERROR) < _wanted[-1][0]:
+            return _say_nothing
         if "structlog" not in sys.modules:
             _configure_structlog()
         import structlog

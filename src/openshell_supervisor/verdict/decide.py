@@ -24,6 +24,10 @@ VERDICTS_KEPT = 4096
 paths is far smaller."""
 MAX_REMEMBERED = 2048
 """Characters of host, path and query in facts that are remembered; longer ones are decided anew each time."""
+ANSWERS_KEPT = 512
+"""The engine's answers by its input: requests whose paths match the same globs share one. With `MAX_KEPT_INPUT` below 5 MiB."""
+MAX_KEPT_INPUT = 8192
+"""Characters of an input that is remembered; a longer one comes of a policy with hundreds of rules on one host."""
 MAX_FACT = 8192
 """Characters of any one text in the facts (the longest legal one is a path of 4096 bytes); more is no real request."""
 MAX_QUERY = 1024
@@ -50,11 +54,26 @@ class Generation:
         self.index = Index(self.policy)
         self._engine = engine
         self.memory: Lru[Facts, Verdict] = Lru(VERDICTS_KEPT)
+        self._answers: Lru[str, Any] = Lru(ANSWERS_KEPT)
 
     @property
     def engine(self) -> Engine:
         """What evaluates the rules; the shipped one is loaded when first needed. Raises `EngineError`."""
         return self._engine or shared_engine()
+
+    def request_answer(self, text: str) -> Any:
+        """What the rules say of a request, from memory where the same input was asked before. Raises `EngineError`."""
+        known = self._answers.get(text)
+        if known is None:
+            known = self.engine.ask("request_authorization", text)
+            if len(text) <= MAX_KEPT_INPUT:
+                self._answers.put(text, known)
+        return known
+
+    def forget(self) -> None:
+        """Empty both memories, so that the next question is evaluated. For measurements."""
+        self.memory = Lru(VERDICTS_KEPT)
+        self._answers = Lru(ANSWERS_KEPT)
 
     def warm(self) -> None:
         """Load and compile the engine now (a few tens of milliseconds), so that the first decision does not. Thread-safe.
@@ -149,8 +168,8 @@ def _request(
     request = facts.request
     assert request is not None
     rules, identity = generation.index.rules, generation.require_binary_identity
-    text = document(facts, candidates, rules, identity, whole=whole)
-    answer = generation.engine.ask("request_authorization", text)
+    text = document(facts, candidates, rules, identity, whole=whole, stand_in=not whole)
+    answer = generation.engine.ask("request_authorization", text) if whole else generation.request_answer(text)
     reason_id = str(answer["reason_id"])
     allow = answer["allow"] is True and reason_id == "allowed"
     selected = _endpoint_at(connection, answer["selected"][1:])

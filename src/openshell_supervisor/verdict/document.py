@@ -23,10 +23,12 @@ def document(
     require_binary_identity: bool,
     *,
     whole: bool = False,
+    stand_in: bool = False,
 ) -> str:
     """The input for `facts` (host in lower case) on these candidates; with a request, the one for the question about it.
 
-    Allow and deny rules that could not fire for this method and path are left out, unless `whole`.
+    Allow and deny rules that could not fire for this method and path are left out, unless `whole`. With `stand_in` the path is
+    replaced by one that stands for all that match the same globs: the rules see a path only through globs and its `%2F`.
     """
     request = facts.request
     globs = _Globs()
@@ -47,7 +49,7 @@ def document(
     if require_binary_identity:
         parts.append(f'"exec":{json.dumps(_exec(facts))}')
     if request is not None:
-        parts.append(f'"request":{json.dumps(_request(request))}')
+        parts.append(f'"request":{json.dumps(_request(request, stand_in))}')
     return f"{{{','.join(parts)}}}"
 
 
@@ -69,11 +71,12 @@ def _exec(facts: Facts) -> dict[str, object]:
     return {"path": facts.binary, "ancestors": facts.ancestors, "cmdline_paths": facts.cmdline}
 
 
-def _request(request: Request) -> dict[str, object]:
+def _request(request: Request, stand_in: bool) -> dict[str, object]:
+    path = ("/%2F" if "%2F" in request.path else "/") if stand_in else request.path
     values: dict[str, list[str]] = {}
     for key, value in request.query:
         values.setdefault(key, []).append(value)
-    return {"method": ascii_upper(request.method), "path": request.path, "query_params": values}
+    return {"method": ascii_upper(request.method), "path": path, "query_params": values}
 
 
 def _with_request(globs: _Globs, candidate: CompiledEndpoint, request: Request, whole: bool) -> str:

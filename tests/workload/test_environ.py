@@ -99,7 +99,7 @@ def test_user_variables_keep_their_value_against_the_session_only() -> None:
 
 def test_session_replaces_what_is_only_inherited() -> None:
     """root's HOME, USER, LOGNAME and SHELL do not reach a workload that is somebody else."""
-    made = block({"HOME": "/root", "USER": "root", "LOGNAME": "root", "SHELL": "/bin/zsh"})
+    made = block({"HOME": "/home/before", "USER": "root", "LOGNAME": "root", "SHELL": "/bin/zsh"})
     assert (made["HOME"], made["USER"], made["LOGNAME"], made["SHELL"]) == (
         "/sandbox",
         "sandbox",

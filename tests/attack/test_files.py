@@ -81,12 +81,7 @@ def test_events_are_not_the_workloads_to_read_or_write(open_tmp: pathlib.Path) -
     assert ran.out.split() == ["13", "13", "13"], ran.err
 
 
-NO_STDOUT = pytest.mark.xfail(strict=True, reason="A17: a closed stdout ends in a traceback")
-
-
-@pytest.mark.parametrize(
-    "closed", [(0,), pytest.param((1,), marks=NO_STDOUT), (2,), pytest.param((0, 1, 2), marks=NO_STDOUT)], ids=str
-)
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
 def test_closed_standard_descriptors_are_not_filled_with_ours(closed: tuple[int, ...], open_tmp: pathlib.Path) -> None:
     """Started without stdin, stdout or stderr, the workload finds nothing of the supervisor's in their place."""
     open_tmp.chmod(0o777)

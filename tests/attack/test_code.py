@@ -25,9 +25,12 @@ import os, pathlib, shutil, socket, sys, time
 home, port, how = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 payload = {payload!r}.format(port=port)
 os.chdir("/")
-def poison(root):
+def poison(root, in_place=False):
     for path in root.rglob("*.py"):
         head, mark, rest = path.read_text().partition("from __future__ import annotations")
+        if in_place:
+            path.write_text(head + mark + chr(10) + payload + rest)
+            continue
         new = path.with_suffix(".new")
         new.write_text(head + mark + chr(10) + payload + rest)
         new.replace(path)
@@ -43,6 +46,8 @@ def attack():
         (home / "project").rename(home / "was")
         shutil.copytree(home / "was" / "tree", tree)
         poison(tree / "openshell_supervisor" / "proxy")
+    elif how == "hard link":
+        poison(home / "cache" / "proxy", in_place=True)
     elif how == "home":
         home.rename(home.parent / "gone")
         shutil.copytree(home.parent / "gone" / "project" / "tree", tree)
@@ -92,6 +97,10 @@ def home(open_tmp: pathlib.Path, repo_root: pathlib.Path) -> Iterator[pathlib.Pa
     shutil.copytree(
         repo_root / "src" / "openshell_supervisor", tree / "openshell_supervisor", ignore=skip, dirs_exist_ok=True
     )
+    # As uv installs: the files of an environment are hard links into the user's cache.
+    for path in (tree / "openshell_supervisor" / "proxy").glob("*.py"):
+        (place / "cache" / "proxy").mkdir(parents=True, exist_ok=True)
+        (place / "cache" / "proxy" / path.name).hardlink_to(path)
     for path in [place, *place.rglob("*")]:
         os.chown(path, arena.UID, arena.UID)
     (open_tmp / "attacker.py").write_text(textwrap.dedent(ATTACKER))
@@ -129,6 +138,10 @@ def owned(home: pathlib.Path, how: str) -> tuple[str | None, str, str]:
             marks=pytest.mark.xfail(
                 strict=True, reason="A18: what lies in a sticky directory is its owner's to rename"
             ),
+        ),
+        pytest.param(
+            "hard link",
+            marks=pytest.mark.xfail(strict=True, reason="A24: a hard link outside the read-only tree is the same file"),
         ),
         "nested",
     ],

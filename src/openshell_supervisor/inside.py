@@ -109,7 +109,7 @@ async def _separate(boundary: Boundary, child: Child) -> bool:
 def _gaps(sandbox: Sandbox, child: Child, separated: bool, code: Code, answer: dict[str, Any]) -> tuple[str, ...]:
     """What lets a workload of this identity around its boundary although no packet can: said, never passed over."""
     gaps = []
-    own = frozenset({os.getpid(), child.pid, sandbox.guard.pid})
+    own = frozenset({os.getpid(), child.pid})
     shared = sandbox.identity.uid == NOBODY or neighbours(sandbox.identity.uid, own)
     if shared and not separated:
         gaps.append("other processes run as its user, and no user namespace keeps it from their descriptors")

@@ -14,7 +14,6 @@ from openshell_supervisor.proxy.authority import CertificateAuthority
 from openshell_supervisor.settings import Settings
 from openshell_supervisor.telemetry.events import Telemetry
 from openshell_supervisor.workload.child import Child
-from openshell_supervisor.workload.process import Guard
 from openshell_supervisor.workload.reaper import Reaper
 from openshell_supervisor.workload.terminal import Terminal
 
@@ -35,7 +34,6 @@ class Sandbox:
     authority: asyncio.Task[CertificateAuthority]
     terminal: Terminal | None
     launchers: list[Child]
-    guard: Guard
     open_files: tuple[int, int]
     generation_number: int = 1
     _generation: Generation | None = None

@@ -118,13 +118,9 @@ async def _prepared(settings: Settings, telemetry: Telemetry, begun: int | None)
         stack.callback(rundir.remove, directory)
         terminal = stack.enter_context(Terminal()) if settings.tty or (os.isatty(0) and os.isatty(1)) else None
         launchers = [start_launcher(reaper, terminal)]
-        guard = process.Guard.start(reaper, directory, settings.status_file)
-        stack.callback(guard.dismiss)
         stack.callback(_discard_all, launchers)
         authority = asyncio.create_task(asyncio.to_thread(finish, begun))
-        yield Sandbox(
-            settings, telemetry, reaper, policy, identity, directory, authority, terminal, launchers, guard, limit
-        )
+        yield Sandbox(settings, telemetry, reaper, policy, identity, directory, authority, terminal, launchers, limit)
 
 
 def _raise_open_files() -> tuple[int, int]:
@@ -263,7 +259,7 @@ async def _run_workload(sandbox: Sandbox, boundary: Boundary, child: Child, sett
     )
     workload.forward_signals()
     mark = Mark(child.pid, boundary.netns_inode or 0, settled.user_namespace)
-    sandbox.guard.watch(mark)
+    guard: process.Guard | None = None
     on_loss: Callable[[asyncio.Task[None]], None] = lambda task: _proxy_lost(task, workload)  # noqa: E731
     settled.serving.add_done_callback(on_loss)
     warming: asyncio.Task[None] | None = None
@@ -271,6 +267,9 @@ async def _run_workload(sandbox: Sandbox, boundary: Boundary, child: Child, sett
     try:
         request = {"op": "exec", "argv": list(settings.command), "env": _environment(sandbox, boundary)}
         await process.run_attached(child, request, sandbox.terminal)
+        # Not earlier: its interpreter's start would delay the workload's. Should we die before it reads, it still will.
+        guard = process.Guard.start(sandbox.reaper, sandbox.directory, settings.status_file)
+        guard.watch(mark)
         warming = asyncio.create_task(_warm(settled.proxy, sandbox), name="proxy warm-up")
         telemetry.process_launched(described)
         outcome = await workload.wait()
@@ -285,9 +284,11 @@ async def _run_workload(sandbox: Sandbox, boundary: Boundary, child: Child, sett
         settled.serving.remove_done_callback(on_loss)
         if warming is not None:
             warming.cancel()
-        left = await process.clear_away(mark, frozenset({sandbox.guard.pid}))
+        left = await process.clear_away(mark, frozenset({guard.pid} if guard else ()))
         if left:
             log.warning("processes of the workload could not be ended", pids=left)
+        if guard is not None:
+            guard.dismiss()
 
 
 async def _warm(proxy: Proxy, sandbox: Sandbox) -> None:

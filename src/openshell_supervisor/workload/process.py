@@ -138,8 +138,7 @@ class Guard:
 
     @classmethod
     def start(cls, reaper: Reaper, run_dir: Path, status_file: Path | None) -> Guard:
-        """Start it, early: its interpreter's start then overlaps with ours. Until `watch` it only keeps the files: it removes
-        them, and a statement that is nobody's any more, when we die without a word."""
+        """Start it. When we die without a word it also removes the run directory and the statement, which is nobody's then."""
         ours, theirs = socket.socketpair()
         argv = [interpreter(), "-I", "-S", "-B", str(Path(guard.__file__)), str(run_dir)]
         argv += [str(status_file.absolute())] if status_file else []

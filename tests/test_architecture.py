@@ -38,7 +38,7 @@ ARROWS: dict[str, set[str]] = {
     "boundary": {"telemetry.events", "policy.model"},
     "confine": {"telemetry.events", "policy.model"},
     "workload": {"telemetry.events", "telemetry.plain_log", "policy.model"},
-    "proxy": {"verdict", "telemetry.events", "policy.model"},
+    "proxy": {"verdict", "telemetry.events", "telemetry.plain_log", "policy.model"},
     "gateway": {"telemetry.events", "policy"},
     "sidecar": {"telemetry.events", "policy.model"},
     "telemetry": set(),

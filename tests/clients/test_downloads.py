@@ -38,10 +38,8 @@ def test_big_download_in_flat_memory(name: str, site: sandboxed.Site, home: path
     assert content.big_digest(blocks) in out
 
 
-HELD = pytest.mark.xfail(reason="the proxy holds what the other side's HTTP/2 window does not take", strict=False)
 
-
-@pytest.mark.parametrize("option", ["--http1.1", pytest.param("--http2", marks=HELD)])
+@pytest.mark.parametrize("option", ["--http1.1", pytest.param("--http2")])
 def test_big_upload_in_flat_memory(option: str, site: sandboxed.Site, home: pathlib.Path) -> None:
     """The same upwards: 40 MiB arrive whole at the upstream."""
     size = 40 << 20
@@ -49,7 +47,6 @@ def test_big_upload_in_flat_memory(option: str, site: sandboxed.Site, home: path
     assert f"{size} {hashlib.sha256(bytes(size)).hexdigest()}" in out
 
 
-@HELD
 def test_client_that_stops_reading_is_not_read_for(site: sandboxed.Site, home: pathlib.Path) -> None:
     """An HTTP/2 client that takes 64 KiB of 100 MiB and no more does not make the supervisor hold the rest."""
     command = f"{sys.executable} programs/h2_stalled.py {sandboxed.HOST}:{sandboxed.PORT} /public/big?100 1.5"

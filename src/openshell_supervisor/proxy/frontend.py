@@ -33,6 +33,7 @@ from openshell_supervisor.proxy.head import (
 )
 from openshell_supervisor.proxy.local import LocalHost, plain_answer
 from openshell_supervisor.telemetry.events import Endpoint, Severity, Telemetry
+from openshell_supervisor.telemetry.plain_log import LateLogger
 from openshell_supervisor.verdict.facts import TargetError, canonical_host
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from openshell_supervisor.proxy.gate import Gate, Origin
     from openshell_supervisor.proxy.http_session import HttpSession
     from openshell_supervisor.verdict.decide import Generation
+
+log = LateLogger("openshell_supervisor.proxy")
 
 # The first head, from accept to blank line. curl and browsers send it at once.
 FIRST_HEAD_TIMEOUT = 30.0
@@ -229,9 +232,9 @@ class Proxy:
                 ok=False,
             )
         except Exception as error:  # noqa: BLE001 - one connection's boundary: its failure is an event, not the proxy's end
-            self._telemetry.network(
-                "Fail", f"Proxy connection error: {type(error).__name__}", severity=Severity.LOW, ok=False, src=source
-            )
+            text = f"Proxy connection error: {type(error).__name__}, a fault of the supervisor"
+            self._telemetry.network("Fail", text, severity=Severity.HIGH, ok=False, src=source)
+            log.debug("a connection ended by a fault of ours", exc_info=True)
         finally:
             client.close()
 

@@ -240,6 +240,12 @@ class PolicyStream(HttpStream):
         yield DropStream(self.stream_id)
 
 
+def _http2_layer(child: object) -> BoundedHttp2Client | BoundedHttp2Server | None:
+    """The HTTP/2 side behind an entry of `HttpLayer.connections`: mitmproxy wraps an upstream's in an `HttpClient`."""
+    inner = getattr(child, "child_layer", child)
+    return inner if isinstance(inner, BoundedHttp2Client | BoundedHttp2Server) else None
+
+
 class PolicyLayer(HttpLayer):
     """The HTTP layer of one client connection, with our streams and with HTTP/2 windows tied to the other side (trap 7)."""
 
@@ -252,8 +258,10 @@ class PolicyLayer(HttpLayer):
         yield from ()
 
     def event_to_child(self, child: layer.Layer | HttpStream, event: events.Event) -> Commands:
-        if isinstance(event, RequestHeaders) and isinstance(child, BoundedHttp2Client):
-            child.h2_conn.congested = lambda stream_id: self._client_is_behind(child.their_stream_id.get(stream_id, -1))
+        upstream = _http2_layer(child)
+        if isinstance(event, RequestHeaders) and isinstance(upstream, BoundedHttp2Client):
+            ours = upstream.their_stream_id
+            upstream.h2_conn.congested = lambda stream_id: self._client_is_behind(ours.get(stream_id, -1))
         return super().event_to_child(child, event)
 
     def _handle_event(self, event: events.Event) -> Commands:
@@ -264,8 +272,9 @@ class PolicyLayer(HttpLayer):
                 server.h2_conn.congested = self._upstream_is_behind
         elif self.context.client.alpn == b"h2" and isinstance(event, events.DataReceived):
             for connection, child in list(self.connections.items()):
-                if isinstance(child, BoundedHttp2Client | BoundedHttp2Server) and child.h2_conn.held:
-                    acknowledgement = child.h2_conn.release()
+                peer = _http2_layer(child)
+                if peer is not None and peer.h2_conn.held:
+                    acknowledgement = peer.h2_conn.release()
                     if acknowledgement:
                         yield commands.SendData(connection, acknowledgement)
 
@@ -275,7 +284,7 @@ class PolicyLayer(HttpLayer):
 
     def _upstream_is_behind(self, stream_id: int) -> bool:
         stream = self.streams.get(stream_id)
-        upstream = self.connections.get(stream.context.server) if stream else None
+        upstream = _http2_layer(self.connections.get(stream.context.server)) if stream else None
         if not isinstance(upstream, BoundedHttp2Client):
             return False
         return upstream.h2_conn.backlog(upstream.our_stream_id.get(stream_id, -1)) > MAX_BACKLOG

@@ -38,7 +38,6 @@ def test_big_download_in_flat_memory(name: str, site: sandboxed.Site, home: path
     assert content.big_digest(blocks) in out
 
 
-
 @pytest.mark.parametrize("option", ["--http1.1", pytest.param("--http2")])
 def test_big_upload_in_flat_memory(option: str, site: sandboxed.Site, home: pathlib.Path) -> None:
     """The same upwards: 40 MiB arrive whole at the upstream."""

@@ -28,6 +28,8 @@ os.chdir("/")
 def poison(root, in_place=False):
     for path in root.rglob("*.py"):
         head, mark, rest = path.read_text().partition("from __future__ import annotations")
+        if not mark:
+            head, rest = "", head
         if in_place:
             path.write_text(head + mark + chr(10) + payload + rest)
             continue
@@ -37,21 +39,21 @@ def poison(root, in_place=False):
 def attack():
     tree = home / "project" / "tree"
     if how == "rewrite":
-        poison(tree / "openshell_supervisor" / "proxy")
+        poison(tree / "openshell_supervisor")
     elif how == "replace":
         tree.rename(home / "project" / "was")
         shutil.copytree(home / "project" / "was", tree)
-        poison(tree / "openshell_supervisor" / "proxy")
+        poison(tree / "openshell_supervisor")
     elif how == "parent":
         (home / "project").rename(home / "was")
         shutil.copytree(home / "was" / "tree", tree)
-        poison(tree / "openshell_supervisor" / "proxy")
+        poison(tree / "openshell_supervisor")
     elif how == "hard link":
-        poison(home / "cache" / "proxy", in_place=True)
+        poison(home / "cache", in_place=True)
     elif how == "home":
         home.rename(home.parent / "gone")
         shutil.copytree(home.parent / "gone" / "project" / "tree", tree)
-        poison(tree / "openshell_supervisor" / "proxy")
+        poison(tree / "openshell_supervisor")
     elif how == "nested":
         import ctypes
         libc = ctypes.CDLL(None, use_errno=True)
@@ -71,7 +73,7 @@ def attack():
         print("won", tries, flush=True) if tries[:2] != [-1, -1] else None
         for root in (tree, aside / "tree"):
             if root.exists():
-                poison(root / "openshell_supervisor" / "proxy")
+                poison(root / "openshell_supervisor")
 try:
     attack()
 except OSError as error:
@@ -98,9 +100,10 @@ def home(open_tmp: pathlib.Path, repo_root: pathlib.Path) -> Iterator[pathlib.Pa
         repo_root / "src" / "openshell_supervisor", tree / "openshell_supervisor", ignore=skip, dirs_exist_ok=True
     )
     # As uv installs: the files of an environment are hard links into the user's cache.
-    for path in (tree / "openshell_supervisor" / "proxy").glob("*.py"):
-        (place / "cache" / "proxy").mkdir(parents=True, exist_ok=True)
-        (place / "cache" / "proxy" / path.name).hardlink_to(path)
+    for path in tree.rglob("*.py"):
+        linked = place / "cache" / path.relative_to(tree)
+        linked.parent.mkdir(parents=True, exist_ok=True)
+        linked.hardlink_to(path)
     for path in [place, *place.rglob("*")]:
         os.chown(path, arena.UID, arena.UID)
     (open_tmp / "attacker.py").write_text(textwrap.dedent(ATTACKER))

@@ -42,18 +42,17 @@ def attack():
         poison(tree / "openshell_supervisor")
     elif how == "replace":
         tree.rename(home / "project" / "was")
-        shutil.copytree(home / "project" / "was", tree)
-        poison(tree / "openshell_supervisor")
+        (home / "prepared").rename(tree)
     elif how == "parent":
         (home / "project").rename(home / "was")
-        shutil.copytree(home / "was" / "tree", tree)
-        poison(tree / "openshell_supervisor")
+        (home / "project").mkdir()
+        (home / "prepared").rename(tree)
     elif how == "hard link":
         poison(home / "cache", in_place=True)
     elif how == "home":
         home.rename(home.parent / "gone")
-        shutil.copytree(home.parent / "gone" / "project" / "tree", tree)
-        poison(tree / "openshell_supervisor")
+        (home / "project").mkdir(parents=True)
+        (home.parent / "gone" / "prepared").rename(tree)
     elif how == "nested":
         import ctypes
         libc = ctypes.CDLL(None, use_errno=True)
@@ -81,7 +80,7 @@ except OSError as error:
 with socket.create_connection(("127.0.0.1", 3128), 5) as sock:
     sock.sendall(b"GET http://denied.test/ HTTP/1.1" + b"\\r\\nHost: denied.test" + b"\\r\\n\\r\\n")
     print("proxy", sock.recv(12), flush=True)
-time.sleep(0.5)
+time.sleep(3)  # the warm-up of the proxy, on a loaded machine
 """.replace("{payload!r}", repr(PAYLOAD))
     .replace("{{", "{")
     .replace("}}", "}")
@@ -110,12 +109,24 @@ def home(open_tmp: pathlib.Path, repo_root: pathlib.Path) -> Iterator[pathlib.Pa
     yield place
 
 
+def prepare(home: pathlib.Path, port: str) -> None:
+    """The attacker's own copy of the tree, ready to be moved in: with it the attack is two renames, faster than any import."""
+    prepared = home / "prepared"
+    shutil.copytree(home / "project" / "tree", prepared)
+    for path in prepared.rglob("*.py"):
+        head, mark, rest = path.read_text().partition("from __future__ import annotations")
+        path.write_text((head + mark if mark else "") + "\n" + PAYLOAD.format(port=port) + (rest if mark else head))
+    for path in [prepared, *prepared.rglob("*")]:
+        os.chown(path, arena.UID, arena.UID)
+
+
 def owned(home: pathlib.Path, how: str) -> tuple[str | None, str, str]:
     """(what the witness heard or None, the attacker's output, the supervisor's stderr) of one attack."""
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(home / "project" / "tree")}
     with socket.create_server(("127.0.0.1", 0)) as witness:
         witness.settimeout(0.5)
         port = str(witness.getsockname()[1])
+        prepare(home, port)
         attacker = [sys.executable, "-I", str(home.parent / "attacker.py"), str(home), port, how]
         product = [sys.executable, "-m", "openshell_supervisor", "run", "--network-mode", "isolated", "--", *attacker]
         argv = hosts.unprivileged(product, uid=arena.UID, home=home)

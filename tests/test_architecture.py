@@ -33,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
     # The readers of the statement, and the run directory.
     "report": {"boundary.ladder", "confine.identity", "policy.model", "telemetry.events"},
     "rundir": set(),
+    "imports": set(),
     "policy": set(),
     "verdict": {"policy"},
     "boundary": {"telemetry.events", "policy.model"},

@@ -15,7 +15,7 @@ from typing import Any
 
 from openshell_supervisor.boundary import probe
 from openshell_supervisor.boundary.boundary import Boundary
-from openshell_supervisor.confine.identity import NOBODY, effective_capabilities
+from openshell_supervisor.confine.identity import effective_capabilities
 from openshell_supervisor.confine.seccomp import vsock_filter
 from openshell_supervisor.confine.separation import (
     Code,
@@ -45,6 +45,7 @@ class Settled:
     privileges: dict[str, Any]
     user_namespace: int = 0
     gaps: tuple[str, ...] = ()
+    code_in_reach: bool = False
 
 
 async def settle(sandbox: Sandbox, boundary: Boundary, child: Child) -> Settled:
@@ -65,6 +66,7 @@ async def settle(sandbox: Sandbox, boundary: Boundary, child: Child) -> Settled:
         settled.privileges = answer["privileges"]
         separated = separated and answer["user_namespace"] != user_namespace()
         settled.user_namespace = answer["user_namespace"] if separated else 0
+        settled.code_in_reach = bool(code.directories)
         settled.gaps = _gaps(sandbox, child, separated, code, answer)
         finding = await probe.inspect(boundary, child, nonce)
         if not finding.tight:
@@ -109,10 +111,10 @@ async def _separate(boundary: Boundary, child: Child) -> bool:
 def _gaps(sandbox: Sandbox, child: Child, separated: bool, code: Code, answer: dict[str, Any]) -> tuple[str, ...]:
     """What lets a workload of this identity around its boundary although no packet can: said, never passed over."""
     gaps = []
-    own = frozenset({os.getpid(), child.pid})
-    shared = sandbox.identity.uid == NOBODY or neighbours(sandbox.identity.uid, own)
-    if shared and not separated:
-        gaps.append("other processes run as its user, and no user namespace keeps it from their descriptors")
+    if not separated:
+        own = frozenset({os.getpid(), child.pid})
+        count = len(neighbours(sandbox.identity.uid, own))
+        gaps.append(f"no user namespace keeps it from the descriptors of its user's other processes ({count} run now)")
     if code.directories and not answer["protected"]:
         gaps.append(f"it may write where that leads outside ({', '.join(code.directories)})")
     if code.links:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,9 @@ DEFAULT_GRACE_SECONDS = 8.0
 MAX_SPEC_BYTES = (
     1024 * 1024
 )  # a command line in a variable; execve(2) allows 128 KiB per string, the encoding adds a third
+
+MAX_FILE_BYTES = 16 * 1024 * 1024  # the policy loader's own limit is lower; a bundle of all public roots has 250 KiB
+MAX_NAME_BYTES = 240  # NAME_MAX is 255 (linux/limits.h); a temporary name beside the file takes the rest
 
 # Flags and variables of the interface whose capability is not built yet: refused by name, with the reason.
 STILL_TO_COME_FLAGS = {
@@ -373,16 +377,22 @@ def _path(value: str | None) -> Path | None:
 
 
 def _existing_file(value: str | None, name: str) -> Path | None:
+    """A file to be read: regular, readable and of a size that nobody writes by hand; never waits for a pipe's other end."""
     if not value:
         return None
     path = Path(value)
     try:
-        with path.open("rb") as file:
-            file.read(1)
-    except OSError as error:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(descriptor)
+        os.close(descriptor)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not a path"
         raise _fail(
-            "unreadable_file", f"{name}: cannot read {value}: {error.strerror}", "name a file that this user can read"
+            "unreadable_file", f"{name}: cannot read {value}: {why}", "name a file that this user can read"
         ) from None
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+        hint = f"name a regular file of at most {MAX_FILE_BYTES >> 20} MiB"
+        raise _fail("unreadable_file", f"{name}: {value} is not a regular file, or too large", hint)
     return path
 
 
@@ -397,9 +407,16 @@ def _pem(path: Path | None) -> Path | None:
 
 
 def _directory(value: str | None, name: str) -> Path | None:
-    if value and not Path(value).is_dir():
+    if value and not _is_directory(Path(value)):
         raise _fail("unreadable_file", f"{name}: {value} is not a directory", "create it, or name another")
     return _path(value)
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _output(value: str | None, name: str) -> Path | None:
@@ -407,7 +424,8 @@ def _output(value: str | None, name: str) -> Path | None:
     if not value:
         return None
     path = Path(value)
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+    fits = len(os.fsencode(path.name)) <= MAX_NAME_BYTES and "\0" not in value
+    if not fits or _is_directory(path) or not os.access(path.parent, os.W_OK | os.X_OK):
         raise _fail(
             "unwritable_file", f"{name}: cannot write {value}", "the directory must exist and be writable by this user"
         )

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from openshell_supervisor import __version__, report, rundir
+from openshell_supervisor import __version__, imports, report, rundir
 from openshell_supervisor.boundary import ladder
 from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.confine import identity as identities
@@ -197,10 +197,8 @@ async def _live(sandbox: Sandbox) -> int:
         statement = _statement(sandbox, ascent)
         report.announce(statement, ascent.failures, sandbox.telemetry)
         STDERR.write(statement.table())
-        if settings.status_file is not None:
-            report.write_status(settings.status_file, statement)
         report.require(statement, settings.require)
-        return await _run_workload(sandbox, ascent.boundary, ascent.launcher, ascent.settled)
+        return await _run_workload(sandbox, ascent.boundary, ascent.launcher, ascent.settled, statement)
     finally:
         ascent.launcher.discard()
         await stop_proxy(ascent.settled)
@@ -249,7 +247,9 @@ def _statement(sandbox: Sandbox, ascent: ladder.Ascent[Child, Settled]) -> State
     )
 
 
-async def _run_workload(sandbox: Sandbox, boundary: Boundary, child: Child, settled: Settled) -> int:
+async def _run_workload(
+    sandbox: Sandbox, boundary: Boundary, child: Child, settled: Settled, statement: Statement
+) -> int:
     settings, telemetry = sandbox.settings, sandbox.telemetry
     workload = process.Workload(
         child,
@@ -259,17 +259,23 @@ async def _run_workload(sandbox: Sandbox, boundary: Boundary, child: Child, sett
     )
     workload.forward_signals()
     mark = Mark(child.pid, boundary.netns_inode or 0, settled.user_namespace)
-    guard: process.Guard | None = None
+    if settled.code_in_reach:
+        await _warm(settled.proxy, sandbox)
+        await asyncio.to_thread(imports.load)
+    guard = process.Guard.start(sandbox.reaper, sandbox.directory, settings.status_file)
+    guard.watch(mark)
     on_loss: Callable[[asyncio.Task[None]], None] = lambda task: _proxy_lost(task, workload)  # noqa: E731
     settled.serving.add_done_callback(on_loss)
     warming: asyncio.Task[None] | None = None
     described = Process(settings.command[0], child.pid)
     try:
         request = {"op": "exec", "argv": list(settings.command), "env": _environment(sandbox, boundary)}
+        if settings.status_file is not None:
+            report.write_status(settings.status_file, statement)
+        if settled.code_in_reach:
+            await guard.ready()
+            imports.seal()
         await process.run_attached(child, request, sandbox.terminal)
-        # Not earlier: its interpreter's start would delay the workload's. Should we die before it reads, it still will.
-        guard = process.Guard.start(sandbox.reaper, sandbox.directory, settings.status_file)
-        guard.watch(mark)
         warming = asyncio.create_task(_warm(settled.proxy, sandbox), name="proxy warm-up")
         telemetry.process_launched(described)
         outcome = await workload.wait()
@@ -284,11 +290,10 @@ async def _run_workload(sandbox: Sandbox, boundary: Boundary, child: Child, sett
         settled.serving.remove_done_callback(on_loss)
         if warming is not None:
             warming.cancel()
-        left = await process.clear_away(mark, frozenset({guard.pid} if guard else ()))
+        left = await process.clear_away(mark, frozenset({guard.pid}))
         if left:
             log.warning("processes of the workload could not be ended", pids=left)
-        if guard is not None:
-            guard.dismiss()
+        guard.dismiss()
 
 
 async def _warm(proxy: Proxy, sandbox: Sandbox) -> None:

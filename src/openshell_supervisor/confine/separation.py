@@ -95,7 +95,7 @@ def writable_code(identity: Identity) -> Code:
     directories = sorted({str(path.resolve()) for path in named if _may_change(path.resolve(), identity)})
     outermost = tuple(path for path in directories if not any(path.startswith(other + "/") for other in directories))
     ways = {one for path in outermost for one in Path(path).parents if one != one.parent}
-    anchors = sorted(str(one) for one in ways if _may_write(one.parent, identity))
+    anchors = sorted(str(one) for one in ways if _may_rename(one, identity))
     links = {str(one) for path in named for one in (path, *path.parents) if one.is_symlink()}
     return Code(
         outermost, tuple(anchors), tuple(sorted(link for link in links if _may_write(Path(link).parent, identity)))
@@ -116,6 +116,11 @@ def _may_write(path: Path, identity: Identity) -> bool:
         return False
     groups = {identity.gid, *(identity.groups or (() if os.geteuid() == 0 else os.getgroups()))}
     return bool(status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid in groups))
+
+
+def _may_rename(path: Path, identity: Identity) -> bool:
+    """May `identity` rename or replace this entry? In a sticky directory its owner may (rename(2), EPERM)."""
+    return _may_write(path.parent, identity) or path.lstat().st_uid == identity.uid
 
 
 def _sample(path: Path) -> Iterable[Path]:

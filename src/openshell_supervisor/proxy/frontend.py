@@ -231,7 +231,7 @@ class Proxy:
                 severity=Severity.LOW,
                 ok=False,
             )
-        except Exception as error:
+        except Exception as error:  # one connection's boundary: its failure is an event, not the end of the proxy
             text = f"Proxy connection error: {type(error).__name__}, a fault of the supervisor"
             self._telemetry.network("Fail", text, severity=Severity.HIGH, ok=False, src=source)
             log.debug("a connection ended by a fault of ours", exc_info=True)

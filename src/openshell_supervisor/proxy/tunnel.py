@@ -17,6 +17,9 @@ from collections.abc import Callable
 # One hour without a byte in either direction. Long-lived SSH and WebSocket sessions idle for minutes; two minutes were too few
 # elsewhere (proxy.md 8, row 36).
 IDLE_TIMEOUT = 3600.0
+# Once one side has ended its direction, the other gets this long between bytes: a client that is gone looks like one that has
+# only finished sending, and would hold its place for as long as a silent upstream lives.
+HALF_CLOSED_IDLE = 60.0
 # A direction starts on the kernel's default pipe (64 KiB) and gets a big one when it proves to be bulk; the kernel refuses
 # above /proc/sys/fs/pipe-user-pages-soft, which only costs speed.
 BULK_AFTER = 256 * 1024
@@ -201,6 +204,10 @@ class Tunnel:
             self.cut("reset")
         elif self._up.finished and self._down.finished:
             self.cut("closed")
+        elif self._timer is not None:
+            self._timer.cancel()
+            self._seen = self._up.moved + self._down.moved
+            self._timer = self._loop.call_later(HALF_CLOSED_IDLE, self._check_idle, HALF_CLOSED_IDLE)
 
     def _check_idle(self, idle_timeout: float) -> None:
         moved = self._up.moved + self._down.moved

@@ -118,6 +118,10 @@ def main() -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # the group's signals are for the supervisor; the guard goes last
+    try:
+        os.write(3, b"r")  # ready: everything of ours is loaded
+    except OSError:
+        pass  # the supervisor is gone already; what it said is still in the socket
     text = b""
     while not text.endswith(b"done\n"):
         data = os.read(3, 4096)

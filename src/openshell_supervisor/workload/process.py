@@ -29,6 +29,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signa
 ENDING = signal.SIGTERM
 # A killed process is gone in milliseconds unless it is stuck in the kernel; then nothing can be done but to say so.
 KILL_PATIENCE = 5.0
+# The guard's interpreter starts in 20 ms; a loaded small machine has been seen to need two seconds.
+GUARD_PATIENCE = 20.0
 
 log = LateLogger("openshell_supervisor.workload")
 
@@ -147,6 +149,19 @@ class Guard:
         finally:
             theirs.close()
         return cls(pid, ours)
+
+    async def ready(self) -> None:
+        """Wait until it runs with all of its code loaded. Raises `LaunchError` when it does not come up."""
+        self._link.setblocking(False)
+        try:
+            async with asyncio.timeout(GUARD_PATIENCE):
+                if await asyncio.get_running_loop().sock_recv(self._link, 1):
+                    return
+        except TimeoutError:
+            pass
+        raise LaunchError(
+            "the guard did not start", code="guard_lost", step="guard", hint="look for what kills processes here"
+        )
 
     def watch(self, mark: Mark) -> None:
         """Tell it whom to end."""

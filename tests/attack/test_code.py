@@ -147,16 +147,8 @@ def owned(home: pathlib.Path, how: str) -> tuple[str | None, str, str]:
         "rewrite",
         "replace",
         "parent",
-        pytest.param(
-            "home",
-            marks=pytest.mark.xfail(
-                strict=True, reason="A18: what lies in a sticky directory is its owner's to rename"
-            ),
-        ),
-        pytest.param(
-            "hard link",
-            marks=pytest.mark.xfail(strict=True, reason="A24: a hard link outside the read-only tree is the same file"),
-        ),
+        "home",
+        "hard link",
         "nested",
     ],
 )

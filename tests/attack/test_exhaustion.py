@@ -87,7 +87,6 @@ def test_slow_clients_do_not_stop_the_others() -> None:
     assert "HTTP/1.1 403 True" in ran.out, ran.err[-2000:]
 
 
-@pytest.mark.xfail(strict=True, reason="A23: a tunnel outlives its client as long as the upstream is silent")
 def test_descriptors_used_up_by_tunnels(sink: int) -> None:
     """600 tunnels that move bytes, under a limit that does not allow them: some fail, none leaks, the proxy recovers, and what
     holds them after the first process ended changes neither its code nor the clearing away."""

@@ -57,10 +57,28 @@ class ConnectHandler:
         self._suite = suite
         self._local = local_host
         self._sessions = sessions
+        self._tunnels: set[Tunnel] = set()
 
     def prepare(self) -> None:
         """Parse the system's roots and our own keys now; takes tens of milliseconds, for a thread."""
         self._suite.prepare()
+
+    def shed(self, older_than: float) -> None:
+        """Cut the tunnels whose client ended its direction more than `older_than` seconds ago; for when there is no place left.
+
+        Such a client may only have finished sending, but far more often it is gone.
+        """
+        limit = asyncio.get_running_loop().time() - older_than
+        for tunnel in [t for t in self._tunnels if t.client_ended_at is not None and t.client_ended_at < limit]:
+            tunnel.cut("shed")
+
+    async def _relay(self, client: socket.socket, upstream: socket.socket) -> None:
+        tunnel = Tunnel(client, upstream)
+        self._tunnels.add(tunnel)
+        try:
+            await tunnel.run()
+        finally:
+            self._tunnels.discard(tunnel)
 
     def close(self) -> None:
         """Let the resolver's threads end."""
@@ -98,7 +116,7 @@ class ConnectHandler:
             if inspected:
                 await self._inspect(client, upstream, origin, verdict, destination)
             else:
-                await Tunnel(client, upstream).run()
+                await self._relay(client, upstream)
 
     # -- reaching the upstream -------------------------------------------------------------------------------------
 
@@ -245,7 +263,7 @@ class ConnectHandler:
     ) -> None:
         self._gate.tunnel_unsupported(origin, verdict, reason)
         if self._gate.observe:
-            await Tunnel(client, upstream).run()
+            await self._relay(client, upstream)
             return
         denial = denials.unsupported_protocol(origin.host, origin.port, reason)
         await sockets.answer_and_linger(client, denial.head_and_body(), ANSWER_TIMEOUT)

@@ -53,6 +53,9 @@ ANSWER_TIMEOUT = 10.0
 MAX_CONNECTIONS = 512
 FILES_PER_CONNECTION = 6
 RESERVED_FILES = 128
+# With every place taken, tunnels whose client ended its direction this long ago make room; looked for once a pause.
+SHED_AGE = 1.0
+SHED_PAUSE = 0.25
 # Accept errors (proxy.md 1.1): resources exhausted back off exponentially, a client that vanished costs one pause.
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _FATAL = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
@@ -208,6 +211,19 @@ class Proxy:
         task = loop.create_task(self._serve_client(client, peer))
         self._live[task] = self._gate.generation().number
         task.add_done_callback(self._forget)
+
+    async def _place(self) -> None:
+        """Wait for a place for one more client; under pressure, tunnels that a client has long ended make room."""
+        while self._slots.locked():
+            if "_connect" in self.__dict__:
+                self._connect.shed(SHED_AGE)
+            try:
+                async with asyncio.timeout(SHED_PAUSE):
+                    await self._slots.acquire()
+                    return
+            except TimeoutError:
+                continue
+        await self._slots.acquire()
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._live.pop(task, None)

@@ -169,6 +169,7 @@ class Tunnel:
         self._up = _Flow(client, upstream, self._loop, self._flow_ended)
         self._down = _Flow(upstream, client, self._loop, self._flow_ended)
         self._seen = 0
+        self.client_ended_at: float | None = None  # loop time at which the client ended its direction
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -200,6 +201,8 @@ class Tunnel:
             self._done.set_result(reason)
 
     def _flow_ended(self) -> None:
+        if self._up.finished and self.client_ended_at is None:
+            self.client_ended_at = self._loop.time()
         if self._up.failed or self._down.failed:
             self.cut("reset")
         elif self._up.finished and self._down.finished:

@@ -124,7 +124,10 @@ def main() -> None:
         pass  # the supervisor is gone already; what it said is still in the socket
     text = b""
     while not text.endswith(b"done\n"):
-        data = os.read(3, 4096)
+        try:
+            data = os.read(3, 4096)
+        except ConnectionResetError:
+            data = b""  # it died without having read that we are ready (unix(7)); an end like any other
         if not data:
             watched = [line.split()[1:] for line in text.split(b"\n")[:-1] if line.startswith(b"watch ")]
             if watched:

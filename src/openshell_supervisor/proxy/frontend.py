@@ -54,8 +54,8 @@ MAX_CONNECTIONS = 512
 FILES_PER_CONNECTION = 6
 RESERVED_FILES = 128
 # With every place taken, tunnels whose client ended its direction this long ago make room; looked for once a pause.
-SHED_AGE = 1.0
-SHED_PAUSE = 0.25
+SHED_AGE = 0.5
+SHED_PAUSE = 0.1
 # Accept errors (proxy.md 1.1): resources exhausted back off exponentially, a client that vanished costs one pause.
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _FATAL = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})

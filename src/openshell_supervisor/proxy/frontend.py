@@ -202,7 +202,7 @@ class Proxy:
     async def _accept_one(self, listener: socket.socket) -> None:
         """Wait for a free slot and a client; the client's task gives the slot back."""
         loop = asyncio.get_running_loop()
-        await self._slots.acquire()
+        await self._place()
         try:
             client, peer = await loop.sock_accept(listener)
         except BaseException:

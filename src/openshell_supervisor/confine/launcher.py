@@ -252,8 +252,8 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
     """Take the identity for good and give up every privilege; answers what was verified afterwards, not what was asked."""
     identity = {**request["identity"], **({"uid": unmapped[0]} if unmapped else {})}
     protected = protect(request["read_only"], request["anchors"])
-    with step("chdir"):  # anew in any case: a mount made above does not cover the directory we stand in
-        os.chdir(request["cwd"] or os.getcwd())
+    with step("chdir"):
+        stand_anew(request["cwd"], bool(request["read_only"]))
     take_identity(identity)
     bounded = drop_capabilities()
     with step("resource limits"):
@@ -277,6 +277,18 @@ def install_filter(program: bytes) -> bool:
     instructions = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("=H6xQ", len(program) // 8, ctypes.addressof(instructions))
     return bool(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.create_string_buffer(header), 0, 0) == 0)
+
+
+def stand_anew(wanted: str | None, mounted: bool) -> None:
+    """Go to the wanted directory. Without one, and with mounts made, enter the present one again: a mount does not cover the
+    directory that a process already stands in. Where it may not be entered, "/" is safe."""
+    if wanted:
+        os.chdir(wanted)
+    elif mounted:
+        try:
+            os.chdir(os.getcwd())
+        except OSError:
+            os.chdir("/")
 
 
 def protect(paths: list[str], anchors: list[str]) -> bool:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "telemetry"))
+import schema
+
 DENY_ALL = "version: 1\nnetwork_policies: {}\n"
 TIMEOUT = 60.0
 Wrap = Callable[[list[str]], list[str]]
@@ -93,6 +96,8 @@ def run(
             cwd="/",
         )
         status, events = directory / "status.json", directory / "events.jsonl"
+        if events.exists():
+            schema.assert_all_valid(events)
         return Ran(
             done.returncode,
             done.stdout,

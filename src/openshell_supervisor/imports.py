@@ -24,6 +24,7 @@ LATE = (
     "openshell_supervisor.boundary.rtnetlink",
     "asyncio.sslproto",
     "concurrent.futures.thread",
+    "cryptography.hazmat.backends.openssl.backend",
     "cryptography.hazmat.primitives.asymmetric.ec",
     "cryptography.x509",
     "cryptography.x509.oid",

@@ -116,8 +116,8 @@ class CertificateAuthority:
         return cast("EllipticCurvePrivateKey", key), certificate, cast("EllipticCurvePrivateKey", leaf_key).public_key()
 
     def load(self) -> None:
-        """Parse the keys now, so that the first leaf does not wait for cryptography's import."""
-        assert self._material
+        """Sign a leaf for a name that nobody has, so that the first real one does not wait for what cryptography imports."""
+        self._sign_leaf("warm.invalid")
 
     def leaf_pem(self, host: str) -> bytes:
         """Key, leaf and CA as one PEM for a TLS server that calls itself `host` (a lower-case name or an IP address)."""

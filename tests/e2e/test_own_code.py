@@ -7,8 +7,9 @@ import pathlib
 import shutil
 import sys
 
-import hosts
 import pytest
+
+import hosts
 
 
 @pytest.mark.root

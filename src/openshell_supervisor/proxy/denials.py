@@ -72,6 +72,11 @@ def _header_text(text: str) -> bytes:
     return "".join(c if 0x20 <= ord(c) < 0x7F else "?" for c in text).encode()
 
 
+def _guidance(hint: str) -> str:
+    """The hint for the agent that reads it: what to ask for, and that other ways round are not worth trying."""
+    return hint if STAY in hint else f"{hint.rstrip('.')}. {STAY}"
+
+
 def failure(status: int, reason_id: str, detail: str, hint: str = "") -> Denial:
     """An answer that is nobody's policy: malformed requests (4xx) and upstreams that fail (502, 503)."""
     body: dict[str, object] = {
@@ -98,7 +103,7 @@ def connection_denied(method: str, host: str, port: int, verdict: Verdict, path:
         "host": host,
         "port": port,
         "hint": hint,
-        "agent_guidance": hint,
+        "agent_guidance": _guidance(hint),
         "generation": verdict.generation,
     }
     return Denial(403, verdict.reason_id, body)
@@ -156,7 +161,7 @@ def request_denied(method: str, path: str, host: str, port: int, verdict: Verdic
         "binary": "",
         "rule_missing": missing,
         "next_steps": [],
-        "agent_guidance": hint,
+        "agent_guidance": _guidance(hint),
         "reason": verdict.reason,
         "reason_id": verdict.reason_id,
         "matched_rule": verdict.rule,
@@ -180,7 +185,7 @@ def authority_mismatch(host: str, port: int) -> Denial:
         "host": host,
         "port": port,
         "hint": hint,
-        "agent_guidance": hint,
+        "agent_guidance": _guidance(hint),
     }
     return Denial(403, "host_mismatch", body)
 
@@ -197,6 +202,6 @@ def unsupported_protocol(host: str, port: int, detail: str) -> Denial:
         "host": host,
         "port": port,
         "hint": hint,
-        "agent_guidance": hint,
+        "agent_guidance": _guidance(hint),
     }
     return Denial(403, "unsupported_protocol", body)

@@ -72,6 +72,7 @@ async def settle(sandbox: Sandbox, boundary: Boundary, child: Child) -> Settled:
         if not finding.tight:
             what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
             raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
+        settled.gaps += finding.gaps
         settled.evidence = {
             **boundary.detail,
             **finding.detail,

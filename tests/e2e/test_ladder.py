@@ -105,6 +105,16 @@ def test_host_mode_observes_as_asked(host: str) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.skipif(not pathlib.Path("/dev/vsock").exists(), reason="needs the host program vsock in the kernel")
+def test_a_way_that_no_namespace_holds_is_not_called_enforced() -> None:
+    """Where the host refuses the filter, AF_VSOCK stays open beside the network namespace: the statement says so."""
+    ran = product.run(["true"], wrap=lambda argv: hosts.outer_seccomp(argv, "prctl=22"))
+    network = ran.layer("network")
+    assert network["state"] == "degraded", ran.err
+    assert "AF_VSOCK" in network["reason"]
+
+
+@pytest.mark.root
 def test_observe_behind_a_boundary_is_not_called_enforced() -> None:
     """`--egress observe` behind an isolating rung reads `off`: a proxy that lets everything pass enforces nothing."""
     ran = product.run(["true"], options=["--egress", "observe"])

@@ -20,8 +20,8 @@ version: 1
 network_policies:
   pypi:
     endpoints:
-      - {host: index.example.org, port: 443, protocol: rest, enforcement: enforce, access: read-only}
-      - {host: files.example.org, port: 443}
+      - {host: pkg.test, port: 443, protocol: rest, enforcement: enforce, access: read-only}
+      - {host: dl.pkg.test, port: 443}
     binaries: [{path: "/**"}]
 """
 

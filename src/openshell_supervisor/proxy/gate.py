@@ -81,48 +81,33 @@ class Gate:
 
     def connect_denied(self, origin: Origin, verdict: Verdict) -> None:
         """Say that a tunnel was refused by policy, or would have been."""
-        self._telemetry.network(
-            "Open",
-            f"CONNECT {self._refused('denied')} {origin.host}:{origin.port}",
-            ok=self.observe,
-            action=self._action,
-            severity=Severity.MEDIUM,
-            src=origin.source,
-            dst=Endpoint(host=origin.host, port=origin.port),
-            policy="-",
-            engine="opa",
-            reason=verdict.reason,
+        self._refused_connection(
+            origin, f"CONNECT {self._refused('denied')} {origin.host}:{origin.port}", "-", "opa", verdict.reason
         )
 
     def address_denied(self, origin: Origin, method: str, kind: str, reason: str, verdict: Verdict) -> None:
         """Say that the name was allowed and its address was not, or would not have been."""
         place = f"{origin.host}:{origin.port}"
         text = f"internal address {place}" if kind == "internal address" else f"{kind} for {place}"
-        self._telemetry.network(
-            "Open",
-            f"{'FORWARD' if origin.forward else method} {self._refused('blocked')}: {text}",
-            ok=self.observe,
-            action=self._action,
-            severity=Severity.MEDIUM,
-            src=origin.source,
-            dst=Endpoint(host=origin.host, port=origin.port),
-            policy=verdict.policy or "-",
-            engine="ssrf",
-            reason=reason,
-        )
+        message = f"{'FORWARD' if origin.forward else method} {self._refused('blocked')}: {text}"
+        self._refused_connection(origin, message, verdict.policy, "ssrf", reason)
 
     def tunnel_unsupported(self, origin: Origin, verdict: Verdict, reason: str) -> None:
         """Say that bytes came through an inspected tunnel that nobody can inspect."""
+        message = f"CONNECT_L7 {self._refused('blocked')} unsupported tunnel protocol for {origin.host}:{origin.port}"
+        self._refused_connection(origin, message, verdict.policy, "l7", reason)
+
+    def _refused_connection(self, origin: Origin, message: str, policy: str, engine: str, reason: str) -> None:
         self._telemetry.network(
             "Open",
-            f"CONNECT_L7 {self._refused('blocked')} unsupported tunnel protocol for {origin.host}:{origin.port}",
+            message,
             ok=self.observe,
             action=self._action,
             severity=Severity.MEDIUM,
             src=origin.source,
             dst=Endpoint(host=origin.host, port=origin.port),
-            policy=verdict.policy or "-",
-            engine="l7",
+            policy=policy or "-",
+            engine=engine,
             reason=reason,
         )
 

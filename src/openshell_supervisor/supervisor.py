@@ -259,9 +259,6 @@ async def _run_workload(
     )
     workload.forward_signals()
     mark = Mark(child.pid, boundary.netns_inode or 0, settled.user_namespace)
-    if settled.code_in_reach:
-        await _warm(settled.proxy, sandbox)
-        await asyncio.to_thread(imports.load)
     guard = process.Guard.start(sandbox.reaper, sandbox.directory, settings.status_file)
     guard.watch(mark)
     on_loss: Callable[[asyncio.Task[None]], None] = lambda task: _proxy_lost(task, workload)  # noqa: E731
@@ -273,8 +270,7 @@ async def _run_workload(
         if settings.status_file is not None:
             report.write_status(settings.status_file, statement)
         if settled.code_in_reach:
-            await guard.ready()
-            imports.seal()
+            await _close_the_doors(sandbox, settled, guard)
         await process.run_attached(child, request, sandbox.terminal)
         warming = asyncio.create_task(_warm(settled.proxy, sandbox), name="proxy warm-up")
         telemetry.process_launched(described)
@@ -294,6 +290,14 @@ async def _run_workload(
         if left:
             log.warning("processes of the workload could not be ended", pids=left)
         guard.dismiss()
+
+
+async def _close_the_doors(sandbox: Sandbox, settled: Settled, guard: process.Guard) -> None:
+    """The workload's user may change our code: load all of it now, and nothing once the workload runs."""
+    await _warm(settled.proxy, sandbox)
+    await asyncio.to_thread(imports.load)
+    await guard.ready()
+    imports.seal()
 
 
 async def _warm(proxy: Proxy, sandbox: Sandbox) -> None:

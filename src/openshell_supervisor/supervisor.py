@@ -272,7 +272,8 @@ async def _run_workload(
         if settled.code_in_reach:
             await _close_the_doors(sandbox, settled, guard)
         await process.run_attached(child, request, sandbox.terminal)
-        warming = asyncio.create_task(_warm(settled.proxy, sandbox), name="proxy warm-up")
+        if not settled.code_in_reach:  # else it is warm already
+            warming = asyncio.create_task(_warm(settled.proxy, sandbox), name="proxy warm-up")
         telemetry.process_launched(described)
         outcome = await workload.wait()
         if sandbox.terminal is not None:

@@ -28,6 +28,17 @@ OTHER = {"uid": 64001, "gid": 64001, "groups": []}
 HERE = os.stat("/proc/self/ns/net").st_ino
 
 
+# The beginning of a little supervisor of its own: argv holds the launcher's path and a `confine` request.
+SUPERVISING = (
+    "import asyncio, json, os, sys, pathlib\n"
+    "from openshell_supervisor.workload.child import Child\n"
+    "from openshell_supervisor.workload.reaper import Reaper\n"
+    "async def main():\n"
+    "    r = Reaper(); r.install(); c = Child.start(r, pathlib.Path(sys.argv[1]))\n"
+    "    me = {'uid': os.getuid(), 'gid': os.getgid(), 'groups': None}\n"
+)
+
+
 @pytest.fixture
 async def reaper() -> AsyncIterator[Reaper]:
     """A reaper on the test's loop."""
@@ -127,13 +138,7 @@ def test_drop_is_idempotent_for_a_user_that_fits(wrap: str, open_tmp: pathlib.Pa
     """An entrypoint that already runs as the wanted user succeeds, without privilege, and is verified all the same."""
     script = open_tmp / "idempotent.py"
     script.write_text(
-        "import asyncio, json, os, sys, pathlib\n"
-        "from openshell_supervisor.workload.child import Child\n"
-        "from openshell_supervisor.workload.reaper import Reaper\n"
-        "async def main():\n"
-        "    r = Reaper(); r.install(); c = Child.start(r, pathlib.Path(sys.argv[1]))\n"
-        "    me = {'uid': os.getuid(), 'gid': os.getgid(), 'groups': None}\n"
-        "    a, _ = await c.ask({**json.loads(sys.argv[2]), 'identity': me})\n"
+        SUPERVISING + "    a, _ = await c.ask({**json.loads(sys.argv[2]), 'identity': me})\n"
         "    print(json.dumps(a)); c.discard()\n"
         "asyncio.run(main())\n"
     )
@@ -229,13 +234,8 @@ async def test_parent_death_ends_the_workload(open_tmp: pathlib.Path) -> None:
     """When the supervisor is killed, the kernel kills the workload's first process."""
     script = open_tmp / "parent.py"
     script.write_text(
-        "import asyncio, json, os, sys, pathlib\n"
-        "from openshell_supervisor.workload.child import Child\n"
-        "from openshell_supervisor.workload.reaper import Reaper\n"
-        "async def main():\n"
-        "    r = Reaper(); r.install(); c = Child.start(r, pathlib.Path(sys.argv[1]))\n"
-        "    me = {'uid': os.getuid(), 'gid': os.getgid(), 'groups': None}\n"
-        "    await c.ask({**json.loads(sys.argv[2]), 'identity': me, 'die_with_parent': True, 'parent': os.getpid()})\n"
+        SUPERVISING
+        + "    await c.ask({**json.loads(sys.argv[2]), 'identity': me, 'die_with_parent': True, 'parent': os.getpid()})\n"
         "    await c.execute({'op': 'exec', 'argv': ['sleep', '60'], 'env': {'PATH': '/bin:/usr/bin'}})\n"
         "    print(c.pid, flush=True); await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"

@@ -156,18 +156,15 @@ async def inspect(boundary: Boundary, launcher: Launcher, nonce: str) -> Finding
 def _judge(opened: list[Canary], answer: dict[str, Any], nonce: str) -> Finding:
     replied = str(answer["proxy"]["answer"])
     answered = replied.startswith("HTTP/1.1 200") and replied.rstrip().endswith(nonce)
-    reached = [canary.reached(way["errno"]) for canary, way in zip(opened, answer["ways"], strict=False)]
-    leaks = [
-        f"{canary.kind} {'@' if canary.kind == 'unix' else ''}{':'.join(str(part) for part in canary.address)}"
-        for canary, arrived in zip(opened, reached, strict=False)
-        if arrived
-    ]
-    gaps: list[str] = []
     tried = {_name(way): errno_name(way["errno"]) or "opened" for way in answer["ways"]}
-    for canary, arrived in zip(opened, reached, strict=False):
-        name = _name({"kind": canary.kind, "address": canary.address})
-        if canary.kind == "udp" and not arrived and tried[name] == "opened":
-            tried[name] = "sent, not received"
+    leaks: list[str] = []
+    gaps: list[str] = []
+    for canary, way in zip(opened, answer["ways"], strict=False):  # the ways behind the canaries are judged below
+        if canary.reached(way["errno"]):
+            abstract = "@" if canary.kind == "unix" else ""
+            leaks.append(f"{canary.kind} {abstract}{':'.join(str(part) for part in canary.address)}")
+        elif canary.kind == "udp" and way["errno"] is None:
+            tried[_name(way)] = "sent, not received"
     if tried.get(_name({"kind": "tcp", "address": OUTSIDE})) == "opened":
         leaks.append(f"tcp {OUTSIDE[0]}:{OUTSIDE[1]}")
     if tried.get("vsock socket") == "opened":

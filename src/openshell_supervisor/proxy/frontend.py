@@ -323,12 +323,7 @@ class Proxy:
     def _announce(self, listener: socket.socket) -> None:
         name = listener.getsockname()
         if isinstance(name, tuple):
-            self._telemetry.network(
-                "Listen",
-                f"Proxy listening on {name[0]}:{name[1]}",
-                ok=True,
-                dst=Endpoint(ip=str(name[0]), port=int(name[1])),
-            )
+            self._telemetry.proxy_listening(str(name[0]), int(name[1]))
 
     def _accept_failed(self, error: OSError, terminal: bool) -> None:
         pressed = error.errno in _EXHAUSTED

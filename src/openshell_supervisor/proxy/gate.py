@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Unpack
 
 from openshell_supervisor.proxy import denials
 from openshell_supervisor.proxy.denials import Denial
-from openshell_supervisor.telemetry.events import Endpoint, Severity, Telemetry
+from openshell_supervisor.telemetry.events import Endpoint, Severity, Telemetry, Traffic
 from openshell_supervisor.verdict.decide import Generation, decide
 from openshell_supervisor.verdict.facts import Facts, Request, TargetError, Verdict, canonical_target, parse_query
 
@@ -208,32 +209,38 @@ class Gate:
         message = ruling.message
         if upgrade:
             message = message.replace("L7_REQUEST allow ", "L7_REQUEST allow_upgrade ", 1)
+        self._say_request(
+            origin,
+            method,
+            ruling.path,
+            message,
+            action=ruling.action,
+            policy=ruling.policy,
+            engine=ruling.engine,
+            reason=ruling.reason,
+        )
+
+    def _say_request(self, origin: Origin, method: str, path: str, message: str, **traffic: Unpack[Traffic]) -> None:
+        traffic["src"] = origin.source
         self._telemetry.http(
             method,
             message,
             scheme=origin.scheme,
             host=origin.host,
             port=origin.port,
-            path=ruling.path,
-            action=ruling.action,
-            src=origin.source,
-            policy=ruling.policy,
-            engine=ruling.engine,
-            reason=ruling.reason,
+            path=path,
+            **traffic,
         )
 
     def request_rejected(self, origin: Origin, method: str, path: str, reason: str, policy: str = "") -> None:
         """Say that a request was malformed and came to no verdict; it is refused in observe mode, too. `reason` is ours."""
-        self._telemetry.http(
+        self._say_request(
+            origin,
             method,
+            path,
             f"HTTP request rejected before policy evaluation for {origin.host}:{origin.port}",
-            scheme=origin.scheme,
-            host=origin.host,
-            port=origin.port,
-            path=path,
             action="Denied",
             severity=Severity.MEDIUM,
-            src=origin.source,
             policy=policy or "-",
             engine="http-parser",
             reason=reason,
@@ -241,16 +248,13 @@ class Gate:
 
     def authority_mismatch(self, origin: Origin, method: str, path: str) -> None:
         """Say that a request named another host than its tunnel: denied, and a finding (domain fronting)."""
-        self._telemetry.http(
+        self._say_request(
+            origin,
             method,
+            path,
             f"request authority {self._refused('refused')} for {origin.host}:{origin.port}",
-            scheme=origin.scheme,
-            host=origin.host,
-            port=origin.port,
-            path=path,
             action=self._action,
             severity=Severity.HIGH,
-            src=origin.source,
             policy="-",
             engine="request-authority",
             reason="request_authority_mismatch",

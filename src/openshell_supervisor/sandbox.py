@@ -55,4 +55,4 @@ class Sandbox:
 def start_launcher(reaper: Reaper, terminal: Terminal | None = None) -> Child:
     """Start a launcher, on the terminal's slave where there is one. Raises `LaunchError`."""
     stdio = {0: terminal.slave, 1: terminal.slave, 2: terminal.slave} if terminal is not None else None
-    return Child.start(reaper, Path(launcher.__file__), stdio)
+    return Child.start(reaper, Path(launcher.ENTRY), stdio)

@@ -22,7 +22,7 @@ from openshell_supervisor.errors import LaunchError
 from openshell_supervisor.workload.child import Child
 from openshell_supervisor.workload.reaper import Reaper
 
-LAUNCHER = pathlib.Path(launcher.__file__)
+LAUNCHER = pathlib.Path(launcher.ENTRY)
 SELF = {"uid": os.geteuid(), "gid": os.getegid(), "groups": None}
 OTHER = {"uid": 64001, "gid": 64001, "groups": []}
 HERE = os.stat("/proc/self/ns/net").st_ino
@@ -50,7 +50,7 @@ async def reaper() -> AsyncIterator[Reaper]:
 
 def confinement(identity: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A `confine` request."""
-    plain = {"cwd": None, "read_only": [], "anchors": [], "filters": [], "open_files": None, "die_with_parent": False}
+    plain = {"cwd": None, "read_only": [], "anchors": [], "filters": {}, "open_files": None, "die_with_parent": False}
     return {"op": "confine", "identity": identity, **plain, **more}
 
 

@@ -1,0 +1,107 @@
+"""What the launcher does to itself, in the one order that works; it answers what it verified, not what was asked.
+
+Mounts and the directory come first (they need privileges), then the identity, then what holds for good: no_new_privs, the
+Landlock ruleset, and the filters last, because the last of them refuses any further one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+
+from openshell_supervisor.confine.launcher import mounts, privileges
+from openshell_supervisor.confine.launcher.kernel import (
+    PR_SET_NO_NEW_PRIVS,
+    PR_SET_PDEATHSIG,
+    SYS_LANDLOCK_RESTRICT_SELF,
+    TYPE_CHECKING,
+    StepError,
+    install_filter,
+    prctl,
+    step,
+    system_call,
+)
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+    from openshell_supervisor.confine.launcher.kernel import Answer, Request
+
+STATUS = "/proc/self/status"
+
+
+def confine(request: Request, descriptors: list[int]) -> Answer:
+    """Take the identity for good and give up every privilege, then the file rules and the filters that the request names.
+
+    A privilege that stays raises; file rules and filters answer their errno instead, because whether a sandbox may start
+    without them is not decided here.
+    """
+    shown = privileges.unmapped
+    identity = {**request["identity"], **({"uid": shown[0]} if shown else {})}
+    protected = mounts.protect(request["read_only"], request["anchors"])
+    with step("chdir"):
+        mounts.stand_anew(request["cwd"], bool(request["read_only"]))
+    privileges.take_identity(identity)
+    bounded = privileges.drop_capabilities()
+    limit_resources(request)
+    prctl("no_new_privs", PR_SET_NO_NEW_PRIVS, 1)
+    if request.get("die_with_parent"):
+        # Cleared by the kernel when credentials change, hence here; checked once, because the parent may be gone by now.
+        prctl("parent death signal", PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != request["parent"]:
+            raise StepError("parent death signal", 0, "the supervisor is gone")
+    with step("verify privileges"):
+        status = open(STATUS)  # noqa: SIM115  (read again below, where the file rules may not let it be opened any more)
+    with status:
+        facts = privileges.verify(identity, bounded, read_status(status))
+        before = filters_held(status)
+        ruleset = restrict(request.get("landlock"), descriptors)
+        filters = {name: install(programs) for name, programs in request["filters"].items()}
+        held = filters_held(status)
+    return {
+        "privileges": facts,
+        "protected": protected,
+        "user_namespace": os.stat("/proc/self/ns/user").st_ino,
+        "landlock": ruleset,
+        "filters": filters,
+        "filters_added": None if before is None or held is None else held - before,
+    }, []
+
+
+def limit_resources(request: Request) -> None:
+    """No core files; and the descriptors that the workload would have had without us (we raised our own limit)."""
+    with step("resource limits"):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if request["open_files"] is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["open_files"]))
+
+
+def restrict(landlock: Request | None, descriptors: list[int]) -> int | None:
+    """Enter the passed ruleset's domain (landlock_restrict_self(2)); None where none was asked for, 0, or the errno."""
+    if landlock is None:
+        return None
+    ctypes.set_errno(0)
+    return system_call(SYS_LANDLOCK_RESTRICT_SELF, descriptors[0], landlock["flags"])
+
+
+def install(programs: list[str]) -> int:
+    """Install programs (hexadecimal) in this order; 0, or the errno of the first that the host refuses."""
+    for program in programs:
+        number = install_filter(bytes.fromhex(program))
+        if number:
+            return number
+    return 0
+
+
+def read_status(status: TextIO) -> dict[str, list[str]]:
+    """The fields of /proc/self/status now (proc_pid_status(5)); the file may be read again and again."""
+    status.seek(0)
+    return {name: value.split() for name, _, value in (line.partition(":") for line in status)}
+
+
+def filters_held(status: TextIO) -> int | None:
+    """How many filters the kernel says we are under; None where it does not tell (gVisor, Linux before 5.10)."""
+    fields = read_status(status).get("Seccomp_filters")
+    return int(fields[0]) if fields else None

@@ -1,0 +1,127 @@
+"""A twin of the confined launcher tries what must not work, and what must; nothing that it does can stay behind.
+
+The twin is a fork: identity, namespaces, file rules and filters are the very ones that the workload will have. If one of them
+failed, what the twin gains (uid 0, for one) dies with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+
+from openshell_supervisor.confine.launcher.kernel import (
+    ETIMEDOUT,
+    PR_SET_PDEATHSIG,
+    TYPE_CHECKING,
+    StepError,
+    prctl,
+    step,
+    system_call,
+)
+
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from openshell_supervisor.confine.launcher.kernel import Answer, Request
+
+
+def probe(request: Request, descriptors: list[int]) -> Answer:
+    """Let a twin try each way out, the proxy, and each forbidden thing; an attempt that succeeded has errno null."""
+    with step("twin"):
+        reading, writing = os.pipe()
+        twin = os.fork()
+    if twin == 0:
+        answer_as_twin(request, writing)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(twin, 0)
+    if not text or status != 0:
+        raise StepError("twin", 0, f"the twin ended without an answer, wait status {status}")
+    return json.loads(text), []
+
+
+def answer_as_twin(request: Request, writing: int) -> NoReturn:
+    """In the twin: try everything, write the answers, end. Never returns into the launcher's loop."""
+    try:
+        prctl("parent death signal", PR_SET_PDEATHSIG, signal.SIGKILL)
+        answer = json.dumps(
+            {
+                "tries": [{"name": item["name"], "errno": attempt(item)} for item in request.get("tries", ())],
+                "ways": [{**way, "errno": attempt_way(way, request["timeout"])} for way in request["ways"]],
+                "proxy": ask_proxy(request["proxy"], request["ask"].encode(), request["patience"]),
+            }
+        ).encode()
+        while answer:
+            answer = answer[os.write(writing, answer) :]
+    except BaseException:  # noqa: BLE001  the process's boundary: two launchers on one control socket must never be
+        os._exit(1)
+    os._exit(0)
+
+
+def attempt(item: Request) -> int | None:
+    """Try one thing {kind: syscall|open|signal|root, …}; None when it succeeded, else the errno. Nothing is kept open."""
+    if item["kind"] == "syscall":
+        return system_call(item["number"], *item["args"]) or None
+    try:
+        if item["kind"] == "open":
+            os.close(os.open(item["path"], item["flags"] | os.O_CLOEXEC))
+        elif item["kind"] == "signal":
+            os.kill(item["pid"], 0)
+        else:
+            os.setresuid(0, 0, 0)
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def attempt_way(way: Request, timeout: float) -> int | None:
+    """Try one way {kind: tcp|udp|unix|vsock, address}; None when it opened, else the errno (ETIMEDOUT after `timeout` s).
+
+    For vsock, opening is being able to have such a socket at all: nobody outside is talked to.
+    """
+    if way["kind"] == "vsock":
+        try:
+            socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
+        except OSError as error:
+            return error.errno
+        return None
+    inet = socket.AF_INET6 if ":" in way["address"][0] else socket.AF_INET
+    family = {"unix": socket.AF_UNIX}.get(way["kind"]) or inet
+    kind = socket.SOCK_DGRAM if way["kind"] == "udp" else socket.SOCK_STREAM
+    address = "\0" + way["address"][0] if way["kind"] == "unix" else tuple(way["address"])
+    try:
+        with socket.socket(family, kind) as client:
+            client.settimeout(timeout)
+            client.connect(address)
+            client.send(way["token"].encode())
+            return None
+    except TimeoutError:
+        return ETIMEDOUT
+    except OSError as error:
+        return error.errno
+
+
+def ask_proxy(address: list[object], ask: bytes, patience: float) -> dict[str, object]:
+    """Send `ask` to the proxy and return its whole answer as text, or {"errno"}; `patience` in seconds covers its start."""
+    try:
+        # A numeric address: no resolver, no late import.
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as client:
+            client.settimeout(patience)
+            client.connect(tuple(address))
+            client.sendall(ask)
+            answer = b""
+            deadline = time.monotonic() + patience
+            while len(answer) < 4096 and time.monotonic() < deadline:  # a probe's answer is a few hundred bytes
+                piece = client.recv(4096)
+                if not piece:
+                    break
+                answer += piece
+            return {"answer": answer.decode("latin-1"), "errno": None}
+    except TimeoutError:
+        return {"answer": "", "errno": ETIMEDOUT}
+    except OSError as error:
+        return {"answer": "", "errno": error.errno}

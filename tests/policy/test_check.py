@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from openshell_supervisor.policy.check import check, examine, report
+from openshell_supervisor.policy.check import check, report
 from openshell_supervisor.policy.defaults import default_policy
 from openshell_supervisor.policy.normalise import normalise
-from openshell_supervisor.policy.not_built import not_built, refusals
+from openshell_supervisor.policy.not_built import not_built
 from openshell_supervisor.policy.validate import problems_of
 from openshell_supervisor.policy.yaml_file import parse
 from openshell_supervisor.verdict.decide import build_generation, decide
@@ -68,14 +68,6 @@ def test_terminal_escapes_do_not_reach_the_terminal(tmp_path: Path) -> None:
     assert all(len(line) < 500 for line in text.splitlines())
 
 
-def test_hard_requirement_refuses(tmp_path: Path) -> None:
-    """What the policy makes a condition and cannot be had yet keeps the sandbox from starting."""
-    checked = examine(write(tmp_path, GOOD + "landlock: {compatibility: hard_requirement}\n"))
-    assert [problem.code for problem in checked.problems] == ["not_built.landlock"]
-    assert not checked.ok
-    assert refusals(parse(GOOD).policy) == ()
-
-
 @pytest.mark.parametrize(
     ("lines", "code"),
     [
@@ -106,13 +98,14 @@ def test_what_is_not_built_is_named(lines: str, code: str) -> None:
 
 
 def test_sections_that_are_not_built_are_named() -> None:
-    """File rules and middlewares too."""
+    """Binaries and middlewares too; file rules and the landlock section are enforced and not named."""
     text = (
         GOOD
-        + "filesystem_policy: {read_only: [/usr]}\nnetwork_middlewares: {m: {middleware: x, endpoints: {include: [a.b.c]}}}\n"
+        + "filesystem_policy: {read_only: [/usr]}\nlandlock: {compatibility: hard_requirement}\n"
+        + "network_middlewares: {m: {middleware: x, endpoints: {include: [a.b.c]}}}\n"
     )
     codes = {problem.code for problem in not_built(parse(text).policy)}
-    assert codes == {"not_built.filesystem", "not_built.binaries", "not_built.middlewares"}
+    assert codes == {"not_built.binaries", "not_built.middlewares"}
 
 
 def test_the_default_allows_no_network() -> None:

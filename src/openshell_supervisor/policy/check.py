@@ -11,7 +11,7 @@ from pathlib import Path
 
 from openshell_supervisor.errors import PolicyError, Problem
 from openshell_supervisor.policy.model import SandboxPolicy
-from openshell_supervisor.policy.not_built import not_built, refusals
+from openshell_supervisor.policy.not_built import not_built
 from openshell_supervisor.policy.yaml_file import load
 
 
@@ -36,10 +36,7 @@ def examine(path: Path) -> Checked:
         loaded = load(path)
     except PolicyError as error:
         return Checked(str(path), None, error.problems, ())
-    refused = refusals(loaded.policy)
-    skip = {problem.code for problem in refused}
-    unbuilt = tuple(problem for problem in not_built(loaded.policy) if problem.code not in skip)
-    return Checked(str(path), loaded.policy, refused, (*loaded.warnings, *unbuilt))
+    return Checked(str(path), loaded.policy, (), (*loaded.warnings, *not_built(loaded.policy)))
 
 
 def check(path: Path) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 L4_PROTOCOLS = ("", "tcp")
 KNOWN_PROTOCOLS = ("tcp", "rest", "websocket", "graphql", "sql", "json-rpc", "mcp")
@@ -199,6 +200,21 @@ class Middleware:
     order: int = 0
 
 
+class Netlink(StrEnum):
+    """How much of AF_NETLINK the workload may open: nothing, NETLINK_ROUTE alone (interfaces, addresses), or every protocol."""
+
+    DENIED = "denied"
+    ROUTE = "route"
+    ALLOWED = "allowed"
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkOptions:
+    """What is not about single destinations. Upstream has no such section."""
+
+    allow_netlink: Netlink = Netlink.DENIED
+
+
 @dataclass(frozen=True, slots=True)
 class SandboxPolicy:
     """A whole policy. A section that was not written is None; maps are in key order."""
@@ -209,3 +225,9 @@ class SandboxPolicy:
     process: ProcessPolicy | None = None
     network_policies: Mapping[str, NetworkRule] = field(default_factory=dict)
     network_middlewares: Mapping[str, Middleware] = field(default_factory=dict)
+    network: NetworkOptions | None = None
+
+    @property
+    def netlink(self) -> Netlink:
+        """What the policy allows of AF_NETLINK; denied where it does not say."""
+        return self.network.allow_netlink if self.network else Netlink.DENIED

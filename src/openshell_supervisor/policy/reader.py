@@ -19,14 +19,16 @@ from openshell_supervisor.policy.model import (
     Matchers,
     McpOptions,
     Middleware,
+    Netlink,
+    NetworkOptions,
     NetworkRule,
     ProcessPolicy,
     QueryMatcher,
     SandboxPolicy,
 )
-from openshell_supervisor.policy.reading import Reading, child, shown
+from openshell_supervisor.policy.reading import Reading, child, nearest, shown
 
-TOP = ("version", "filesystem_policy", "landlock", "process", "network_policies", "network_middlewares")
+TOP = ("version", "filesystem_policy", "landlock", "process", "network_policies", "network_middlewares", "network")
 ENDPOINT = (
     "host",
     "port",
@@ -58,13 +60,18 @@ U16, U32, I32 = 2**16 - 1, 2**32 - 1, 2**31 - 1
 
 _TOP_MOVED = {
     "filesystem": "the section is called `filesystem_policy` in a file",
-    "network": "the section is called `network_policies`",
     "policies": "the section is called `network_policies`",
     "endpoints": "endpoints belong under a named rule: `network_policies: {my-rule: {endpoints: [...]}}`",
+    "allow_netlink": "it belongs under `network`",
     "run_as_user": "it belongs under `process`",
     "run_as_group": "it belongs under `process`",
     "read_only": "it belongs under `filesystem_policy`",
     "read_write": "it belongs under `filesystem_policy`",
+}
+_NETWORK_RULES = "rules belong under `network_policies`: `network_policies: {my-rule: {endpoints: [...]}}`"
+_NETLINK_WORDS = {
+    **dict.fromkeys(("true", "yes", "on", "1", "all", "any", "allow", "allowed"), "write `true`, without quotes"),
+    **dict.fromkeys(("false", "no", "off", "0", "none", "deny", "denied"), "write `false`, without quotes"),
 }
 _RULE_MOVED = {
     "host": "host and port belong in an entry of `endpoints`: `endpoints: [{host: ..., port: ...}]`",
@@ -130,7 +137,8 @@ class _PolicyReader:
         process = self.process(got["process"]) if "process" in got else None
         rules = self.rules(got["network_policies"]) if "network_policies" in got else {}
         middlewares = self.middlewares(got["network_middlewares"]) if "network_middlewares" in got else {}
-        return SandboxPolicy(version, filesystem, landlock, process, rules, middlewares)
+        network = self.network(got["network"]) if "network" in got else None
+        return SandboxPolicy(version, filesystem, landlock, process, rules, middlewares, network)
 
     def filesystem(self, node: Node) -> FilesystemPolicy:
         path = "filesystem_policy"
@@ -148,6 +156,28 @@ class _PolicyReader:
     def process(self, node: Node) -> ProcessPolicy:
         got = self.r.fields(node, "process", ("run_as_user", "run_as_group"))
         return ProcessPolicy(self.text(got, "process", "run_as_user"), self.text(got, "process", "run_as_group"))
+
+    def network(self, node: Node) -> NetworkOptions:
+        rules = (
+            [key.text for key, value in node.pairs if not isinstance(value, Scalar)] if isinstance(node, Table) else []
+        )
+        got = self.r.fields(node, "network", ("allow_netlink",), dict.fromkeys(rules, _NETWORK_RULES))
+        return NetworkOptions(self.netlink(got["allow_netlink"]) if "allow_netlink" in got else Netlink.DENIED)
+
+    def netlink(self, node: Node) -> Netlink:
+        """`true`, `false` or the word route; a value that is none of them is a fault and denies."""
+        path = "network.allow_netlink"
+        value = node.value() if isinstance(node, Scalar) else None
+        if isinstance(value, bool):
+            return Netlink.ALLOWED if value else Netlink.DENIED
+        if value == "route":
+            return Netlink.ROUTE
+        word = node.text.strip().lower() if isinstance(node, Scalar) else ""
+        meant = _NETLINK_WORDS.get(word) or (
+            "write `route`" if nearest(word, ("route", "netlink_route")) else "for the list of interfaces write `route`"
+        )
+        self.r.wrong_type(path, node, "`true`, `false` or `route`", meant)
+        return Netlink.DENIED
 
     def rules(self, node: Node) -> dict[str, NetworkRule]:
         path = "network_policies"

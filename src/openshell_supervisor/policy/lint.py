@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from openshell_supervisor.errors import Problem
 from openshell_supervisor.policy.globs import HOST, PATH, VALUE, glob_problem
+from openshell_supervisor.policy.lint_files import file_warnings, landlock_warnings
 from openshell_supervisor.policy.model import ACCESS_PRESETS, Endpoint, L7Match, NetworkRule, SandboxPolicy
 from openshell_supervisor.policy.reading import child, nearest, shown
 
@@ -30,16 +31,10 @@ def warnings_of(policy: SandboxPolicy) -> list[Problem]:
                 hint="write `version: 1`",
             )
         )
-    if policy.landlock and policy.landlock.compatibility not in ("", "best_effort", "hard_requirement"):
-        word = policy.landlock.compatibility
-        found.append(
-            Problem(
-                "landlock_compatibility",
-                f"landlock.compatibility '{shown(word)}' means best_effort",
-                "landlock.compatibility",
-                hint=_meant(word, ("best_effort", "hard_requirement")),
-            )
-        )
+    if policy.filesystem:
+        found.extend(file_warnings(policy.filesystem))
+    if policy.landlock:
+        found.extend(landlock_warnings(policy.landlock))
     for key, rule in policy.network_policies.items():
         path = child("network_policies", key)
         found.extend(_rule_warnings(rule, path))

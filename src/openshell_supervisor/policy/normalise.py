@@ -1,4 +1,4 @@
-"""What a policy comes to before it is evaluated: access presets become rules (policy.md 1.6, 5.1).
+"""What a policy comes to before it is evaluated: access presets become rules (policy.md 1.6, 5.1), file paths lose their noise.
 
 Pure, and idempotent: an endpoint that already has rules is left alone. It decides nothing; it only writes shorthand out.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from openshell_supervisor.policy.model import Endpoint, L7Allow, NetworkRule, SandboxPolicy
+from openshell_supervisor.policy.model import Endpoint, FilesystemPolicy, L7Allow, NetworkRule, SandboxPolicy
 
 _READ = ("GET", "HEAD", "OPTIONS")
 _HTTP = {"read-only": _READ, "read-write": (*_READ, "POST", "PUT", "PATCH"), "full": ("*",)}
@@ -16,9 +16,24 @@ _GRAPHQL = {"read-only": ("query",), "read-write": ("query", "mutation"), "full"
 
 
 def normalise(policy: SandboxPolicy) -> SandboxPolicy:
-    """The policy with every preset expanded; rules in key order, as upstream walks them."""
+    """The policy with every preset expanded; rules in key order, as upstream walks them; file paths in their shortest form."""
     rules = {key: _rule(rule) for key, rule in sorted(policy.network_policies.items())}
-    return replace(policy, network_policies=rules)
+    return replace(policy, network_policies=rules, filesystem=_filesystem(policy.filesystem))
+
+
+def _filesystem(section: FilesystemPolicy | None) -> FilesystemPolicy | None:
+    if section is None:
+        return None
+    lists = [tuple(dict.fromkeys(map(normal_path, paths))) for paths in (section.read_only, section.read_write)]
+    return replace(section, read_only=lists[0], read_write=lists[1])
+
+
+def normal_path(path: str) -> str:
+    """An absolute path without repeated or trailing separators and without `.`: text only, no link is followed.
+
+    `..` stays (validation refuses it): what it comes to depends on links.
+    """
+    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _rule(rule: NetworkRule) -> NetworkRule:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from openshell_supervisor.errors import Problem
 from openshell_supervisor.policy.model import Endpoint, ProcessPolicy, SandboxPolicy
+from openshell_supervisor.policy.normalise import normal_path
 from openshell_supervisor.policy.overlap import overlap_problems
 from openshell_supervisor.policy.reading import child, shown
 from openshell_supervisor.policy.validate_l7 import l7_problems
@@ -92,7 +93,7 @@ def _path_problems(value: str, path: str, writable: bool) -> Iterator[Problem]:
             path,
             hint="write the path it comes to",
         )
-    if writable and not value.rstrip("/"):
+    if writable and normal_path(value) == "/":  # upstream lets `/.` through
         yield Problem(
             "path_too_broad",
             f"read-write path is overly broad: {shown(value)}",

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openshell_supervisor import settings
+from openshell_supervisor import settings, still_to_come
 from openshell_supervisor.enforcement import Layer
 from openshell_supervisor.errors import SettingsError
 
@@ -57,17 +57,17 @@ def test_everything_after_the_first_word_is_the_commands(policy: str) -> None:
     assert settings.read([], {}).command == ("/bin/bash", "-l")
 
 
-@pytest.mark.parametrize("flag", [*settings.STILL_TO_COME_FLAGS, *settings.STILL_TO_COME_SWITCHES])
+@pytest.mark.parametrize("flag", [*still_to_come.STILL_TO_COME_FLAGS, *still_to_come.STILL_TO_COME_SWITCHES])
 def test_flags_to_come_are_refused_by_name(flag: str) -> None:
     """A known option whose capability is missing is named in the refusal, with a way out."""
-    value = [] if flag in settings.STILL_TO_COME_SWITCHES else ["x"]
+    value = [] if flag in still_to_come.STILL_TO_COME_SWITCHES else ["x"]
     error = refused([flag, *value, "--", "true"])
     assert (error.code, error.exit_code) == ("not_built", 2)
     assert flag in error.message
     assert error.hint
 
 
-@pytest.mark.parametrize("name", settings.STILL_TO_COME_VARIABLES)
+@pytest.mark.parametrize("name", still_to_come.STILL_TO_COME_VARIABLES)
 def test_variables_to_come_are_refused_by_name(name: str) -> None:
     """A known variable whose capability is missing is named, and an empty one counts as absent."""
     assert name in refused(["--", "true"], {name: "x"}).message
@@ -188,7 +188,7 @@ def test_refused_start_is_one_screen_and_exit_code_two(tmp_path: pathlib.Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("word", settings.RESERVED_WORDS)
+@pytest.mark.parametrize("word", still_to_come.RESERVED_WORDS)
 def test_commands_to_come_are_refused_by_name(word: str) -> None:
     """A command of the interface that is not built yet says so."""
     done = subprocess.run(

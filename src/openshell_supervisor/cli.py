@@ -114,7 +114,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if first in COMMANDS:
         return COMMANDS[first](arguments[1:])
-    from openshell_supervisor.settings import RESERVED_WORDS
+    from openshell_supervisor.still_to_come import RESERVED_WORDS
 
     if first in RESERVED_WORDS:
         raise SettingsError(

@@ -112,8 +112,24 @@ class HostError(SupervisorError):
         return errno_name(self.errno)
 
 
+@dataclass(frozen=True, slots=True)
+class RungFailure:
+    """Why a rung of the boundary ladder was not taken. `errno` is symbolic, None where no system call failed."""
+
+    rung: str
+    step: str
+    errno: str | None
+    message: str
+
+    def brief(self) -> str:
+        """`rung: step: errno or message`, for one line of a log."""
+        return f"{self.rung}: {self.step}: {self.errno or self.message}"
+
+
 class BoundaryError(HostError):
-    """A rung of the boundary ladder could not be built; everything it had made is undone."""
+    """A rung of the boundary ladder could not be built, or none (then `failures` names each); what it had made is undone."""
+
+    failures: tuple[RungFailure, ...] = ()
 
 
 class ConfineError(HostError):

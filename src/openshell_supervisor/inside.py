@@ -16,7 +16,8 @@ from typing import Any
 from openshell_supervisor.boundary import probe
 from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.confine.identity import effective_capabilities
-from openshell_supervisor.confine.seccomp import vsock_filter
+from openshell_supervisor.confine.plan import Plan
+from openshell_supervisor.confine.selfprobe import judge
 from openshell_supervisor.confine.separation import (
     Code,
     can_map,
@@ -26,6 +27,7 @@ from openshell_supervisor.confine.separation import (
     write_identity_maps,
 )
 from openshell_supervisor.errors import BoundaryError, LaunchError
+from openshell_supervisor.layers import Confined
 from openshell_supervisor.proxy.frontend import Proxy, ProxyOptions
 from openshell_supervisor.sandbox import Sandbox
 from openshell_supervisor.workload.child import Child
@@ -42,33 +44,38 @@ class Settled:
     serving: asyncio.Task[None]
     egress: str
     evidence: dict[str, object]
-    privileges: dict[str, Any]
+    confined: Confined
     user_namespace: int = 0
     gaps: tuple[str, ...] = ()
     code_in_reach: bool = False
 
 
-async def settle(sandbox: Sandbox, boundary: Boundary, child: Child) -> Settled:
-    """Start the proxy on the rung, confine the launcher, and look from inside. Raises `BoundaryError` for a rung that leaks."""
+async def settle(sandbox: Sandbox, boundary: Boundary, child: Child, *, insist: bool) -> Settled:
+    """Start the proxy on the rung, confine the launcher, and look from inside. Raises `BoundaryError` for a rung that leaks.
+
+    `insist`: the proxy enforces although nothing here keeps the workload on the way to it, for those that do take it.
+    """
     settings = sandbox.settings
-    egress = "observe" if not boundary.isolated or settings.egress == "observe" else "enforce"
+    enforces = settings.egress != "observe" and (boundary.isolated or insist)
+    egress = "enforce" if enforces else "observe"
     options = ProxyOptions(egress=egress, pins=settings.resolve, upstream_ca=settings.upstream_ca)
     authority = await sandbox.authority
     proxy = Proxy(options, generation=lambda: sandbox.generation, telemetry=sandbox.telemetry, authority=authority)
     nonce = secrets.token_hex(16)
     proxy.answer_probe(nonce)
     serving = asyncio.create_task(proxy.serve(boundary.listener), name="proxy")
-    settled = Settled(proxy, serving, egress, {}, {})
+    settled = Settled(proxy, serving, egress, {}, Confined({}, {}))
     try:
         separated = await _separate(boundary, child)
         code = out_of_reach(sandbox.identity) if boundary.isolated else Code()
-        answer, _ = await child.ask(confine_request(sandbox, code))
-        settled.privileges = answer["privileges"]
+        plan = await sandbox.plan
+        answer, _ = await child.ask(confine_request(sandbox, code, plan), plan.descriptors())
         separated = separated and answer["user_namespace"] != user_namespace()
         settled.user_namespace = answer["user_namespace"] if separated else 0
         settled.code_in_reach = bool(code.directories)
         settled.gaps = _gaps(sandbox, child, separated, code, answer)
-        finding = await probe.inspect(boundary, child, nonce)
+        finding = await probe.inspect(boundary, child, nonce, [one.request for one in plan.tries])
+        settled.confined = Confined(answer, judge(plan.tries, finding.tries), probed=settings.self_probe)
         if not finding.tight:
             what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
             raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
@@ -123,15 +130,15 @@ def _gaps(sandbox: Sandbox, child: Child, separated: bool, code: Code, answer: d
     return tuple(gaps)
 
 
-def confine_request(sandbox: Sandbox, code: Code) -> dict[str, Any]:
-    """The launcher's `confine` request for this sandbox; `code` is what must be out of the workload's reach."""
+def confine_request(sandbox: Sandbox, code: Code, plan: Plan) -> dict[str, Any]:
+    """The launcher's `confine` request for this sandbox; `code` is what must be out of the workload's reach. The plan's
+    descriptors go beside it."""
     return {
         "op": "confine",
         "identity": sandbox.identity.as_plan(),
         "read_only": list(code.directories),
         "anchors": list(code.anchors),
-        "landlock": None,
-        "filters": {"boundary": [program.hex() for program in (vsock_filter(),) if program]},
+        **plan.request(),
         "open_files": sandbox.open_files,
         "cwd": str(sandbox.settings.workdir) if sandbox.settings.workdir else None,
         "die_with_parent": True,

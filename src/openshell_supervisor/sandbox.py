@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openshell_supervisor.confine import launcher
+from openshell_supervisor.confine.failure import FailureHandler
 from openshell_supervisor.confine.identity import Identity
+from openshell_supervisor.confine.plan import Plan
 from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.proxy.authority import CertificateAuthority
 from openshell_supervisor.settings import Settings
@@ -32,6 +34,8 @@ class Sandbox:
     identity: Identity
     directory: Path
     authority: asyncio.Task[CertificateAuthority]
+    plan: asyncio.Task[Plan]
+    failures: FailureHandler
     terminal: Terminal | None
     launchers: list[Child]
     open_files: tuple[int, int]

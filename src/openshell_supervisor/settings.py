@@ -24,7 +24,17 @@ from typing import Any, NoReturn
 from openshell_supervisor import __version__
 from openshell_supervisor.enforcement import Layer
 from openshell_supervisor.errors import SettingsError
+from openshell_supervisor.policy.model import Netlink
+from openshell_supervisor.still_to_come import (
+    IGNORED_FLAGS,
+    STILL_TO_COME_FLAGS,
+    STILL_TO_COME_SWITCHES,
+    STILL_TO_COME_VARIABLES,
+)
 
+# Layers that an outer sandbox may own. Not the privileges: giving up what is not there costs nothing and never fails. Not the
+# binary identity: nobody outside can tell the workload's programs apart for us.
+DECLARABLE = frozenset((Layer.NETWORK, Layer.FILESYSTEM, Layer.SYSCALLS, Layer.SUPERVISOR_SYSCALLS))
 NETWORK_MODES = ("isolated", "host", "auto")
 EGRESS_MODES = ("enforce", "observe")
 LOG_LEVELS = ("error", "warn", "info", "debug", "trace")
@@ -37,54 +47,6 @@ MAX_SPEC_BYTES = (
 
 MAX_FILE_BYTES = 16 * 1024 * 1024  # the policy loader's own limit is lower; a bundle of all public roots has 250 KiB
 MAX_NAME_BYTES = 240  # NAME_MAX is 255 (linux/limits.h); a temporary name beside the file takes the rest
-
-# Flags and variables of the interface whose capability is not built yet: refused by name, with the reason.
-STILL_TO_COME_FLAGS = {
-    "--policy-rules": "custom Rego rules are not built yet; use --policy",
-    "--policy-data": "custom Rego rules are not built yet; use --policy",
-    "--inference-routes": "inference routing is not built yet",
-    "--upstream-proxy": "the corporate upstream proxy is not built yet",
-    "--upstream-no-proxy": "the corporate upstream proxy is not built yet",
-    "--upstream-proxy-auth-file": "the corporate upstream proxy is not built yet",
-    "--ssh-socket-path": "the SSH server is not built yet",
-}
-STILL_TO_COME_SWITCHES = {
-    "--upstream-proxy-auth-allow-insecure": "the corporate upstream proxy is not built yet",
-    "--upstream-proxy-connect-by-hostname": "the corporate upstream proxy is not built yet",
-}
-STILL_TO_COME_VARIABLES = {
-    "OPENSHELL_POLICY_RULES": "custom Rego rules are not built yet; use OPENSHELL_POLICY",
-    "OPENSHELL_POLICY_DATA": "custom Rego rules are not built yet; use OPENSHELL_POLICY",
-    "OPENSHELL_INFERENCE_ROUTES": "inference routing is not built yet",
-    "OPENSHELL_SSH_SOCKET_PATH": "the SSH server is not built yet",
-    "OPENSHELL_MODE": "the proxy and nested roles are not built yet",
-    "OPENSHELL_PROXY_MODE": "the sidecar topology is not built yet",
-    "OPENSHELL_SUPERVISOR_TOPOLOGY": "the sidecar topology is not built yet",
-    "OPENSHELL_NETWORK_ENFORCEMENT_MODE": "the sidecar topology is not built yet",
-    "OPENSHELL_SIDECAR_CONTROL_SOCKET": "the sidecar topology is not built yet",
-    "OPENSHELL_PROVIDER_SPIFFE_WORKLOAD_API_SOCKET": "the SPIFFE identity socket is not built yet",
-    "OPENSHELL_BEST_EFFORT_FAILURES": "the best-effort failure handler is not built yet",
-    "OPENSHELL_DECLARE_EXTERNAL": "declaring layers external is not built yet",
-    "OPENSHELL_ALLOW_NETLINK_ENUMERATE": "the seccomp filter that it loosens is not built yet",
-    "OPENSHELL_OPA_URL": "the OPA server engine is not built yet",
-}
-# Accepted and without effect, as upstream: the first two always, the others outside `--mode=network-init` (contract 1.2).
-IGNORED_FLAGS = (
-    "--health-check",
-    "--health-port",
-    "--proxy-uid",
-    "--proxy-gid",
-    "--sidecar-state-dir",
-    "--sidecar-tls-dir",
-)
-RESERVED_WORDS = {
-    "copy-self": "copying the supervisor into another image is not built yet",
-    "debug-rpc": "the gateway client is not built yet",
-    "validate-workspace": "the workspace check is not built yet",
-    "doctor": "the doctor is not built yet",
-    "explain": "explain is not built yet",
-    "exec": "exec is not built yet",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +78,10 @@ class Settings:
     user_variables: Mapping[str, str] = field(default_factory=dict)
     require_pid_limit: bool = False
     relaxed_identity: bool = False
+    best_effort: bool = False
+    external: frozenset[Layer] = frozenset()
+    netlink: Netlink | None = None
+    self_probe: bool = True
     without_effect: tuple[str, ...] = ()
 
 
@@ -156,6 +122,12 @@ def _add_policy_options(top: argparse.ArgumentParser) -> None:
     top.add_argument(
         "--require", metavar="LAYERS", help=f"refuse to start unless these hold: {', '.join(Layer)} (OPENSHELL_REQUIRE)"
     )
+    top.add_argument(
+        "--declare-external",
+        metavar="LAYERS",
+        help="layers that an outer sandbox owns: not attempted here (OPENSHELL_DECLARE_EXTERNAL)",
+    )
+    top.add_argument("--no-self-probe", action="store_true", help="do not try from inside what the layers must refuse")
     top.add_argument(
         "--status-file", metavar="PATH", help="write the enforcement statement here (OPENSHELL_STATUS_FILE)"
     )
@@ -210,7 +182,8 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         network_mode=_network_mode(values, environment),
         egress=_choice(values.egress, "--egress", EGRESS_MODES),
         # Both are demands: a flag adds to what the environment demands, and never takes it back.
-        require=_layers(values.require or "") | _layers(environment.get("OPENSHELL_REQUIRE", "")),
+        require=_layers(values.require, "--require")
+        | _layers(environment.get("OPENSHELL_REQUIRE"), "OPENSHELL_REQUIRE"),
         status_file=_output(values.status_file or environment.get("OPENSHELL_STATUS_FILE"), "--status-file"),
         ocsf_file=_output(values.ocsf_file or environment.get("OPENSHELL_OCSF_FILE"), "--ocsf-file"),
         upstream_ca=_pem(_existing_file(values.upstream_ca, "--upstream-ca")),
@@ -231,6 +204,10 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         require_pid_limit="OPENSHELL_REQUIRE_RUNTIME_PID_LIMIT" in environment,
         relaxed_identity=environment.get("OPENSHELL_NETWORK_BINARY_IDENTITY", "").lower()
         in ("relaxed", "disabled", "endpoint-only", "false", "0"),
+        best_effort="OPENSHELL_BEST_EFFORT_FAILURES" in environment,  # presence, the empty string too (S2-01)
+        external=_external(values, environment),
+        netlink=_netlink(environment.get("OPENSHELL_ALLOW_NETLINK_ENUMERATE", "")),
+        self_probe=not values.no_self_probe,
         without_effect=_without_effect(values, environment),
     )
     _cross_check(settings)
@@ -344,12 +321,43 @@ def _choice(value: str | None, name: str, known: Sequence[str]) -> str | None:
     return value
 
 
-def _layers(text: str) -> frozenset[Layer]:
-    names = [item.strip() for item in text.split(",") if item.strip()]
+def _layers(text: str | None, source: str) -> frozenset[Layer]:
+    names = [item.strip() for item in (text or "").split(",") if item.strip()]
     unknown = [name for name in names if name not in set(Layer)]
     if unknown:
-        raise _fail("unknown_value", f"--require: unknown layer {unknown[0]!r}", f"known are {', '.join(Layer)}")
+        raise _fail("unknown_value", f"{source}: unknown layer {unknown[0]!r}", f"known are {', '.join(Layer)}")
     return frozenset(Layer(name) for name in names)
+
+
+def _external(values: argparse.Namespace, environment: Mapping[str, str]) -> frozenset[Layer]:
+    """What the operator says that an outer sandbox owns. An image can bake a variable: it cannot meet what a flag requires."""
+    flag = _layers(values.declare_external, "--declare-external")
+    variable = _layers(environment.get("OPENSHELL_DECLARE_EXTERNAL"), "OPENSHELL_DECLARE_EXTERNAL")
+    refused = sorted((flag | variable) - DECLARABLE)
+    if refused:
+        raise _fail(
+            "external_refused",
+            f"--declare-external: {refused[0]} cannot be somebody else's job",
+            f"declare only {', '.join(sorted(DECLARABLE))}",
+        )
+    unsure = sorted((variable - flag) & _layers(values.require, "--require"))
+    if unsure:
+        raise _fail(
+            "external_unsure",
+            f"OPENSHELL_DECLARE_EXTERNAL says {unsure[0]} is owned outside, and --require {unsure[0]} would believe it",
+            f"an image can bake that variable: say it yourself, with --declare-external {unsure[0]}",
+        )
+    return flag | variable
+
+
+def _netlink(text: str) -> Netlink | None:
+    """S3-01: `1`, `true` and `yes` drop the rule, `route` allows NETLINK_ROUTE alone, anything else denies; None leaves the
+    word to the policy."""
+    if not text:
+        return None
+    return {"1": Netlink.ALLOWED, "true": Netlink.ALLOWED, "yes": Netlink.ALLOWED, "route": Netlink.ROUTE}.get(
+        text.strip().lower(), Netlink.DENIED
+    )
 
 
 def _pins(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -469,6 +477,12 @@ def _cross_check(settings: Settings) -> None:
             "contradiction",
             "--egress enforce contradicts network mode host: without a boundary nothing can be enforced",
             "choose --network-mode isolated or auto, or leave --egress out",
+        )
+    if settings.network_mode != "auto" and Layer.NETWORK in settings.external:
+        raise _fail(
+            "contradiction",
+            f"network mode {settings.network_mode} contradicts --declare-external network: no boundary is built here then",
+            "leave the network mode out, or do not declare the network external",
         )
     if settings.network_mode == "host" and Layer.NETWORK in settings.require:
         raise _fail(

@@ -7,47 +7,29 @@ Each step is a room's; this module only puts them in order and carries their ans
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import gc
 import os
-import resource
-import secrets
 import signal
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-from openshell_supervisor import __version__, imports, report, rundir
-from openshell_supervisor.boundary import ladder
+from openshell_supervisor import imports, report
+from openshell_supervisor.ascent import climb, say_file_rules, state
 from openshell_supervisor.boundary.boundary import Boundary
-from openshell_supervisor.confine import identity as identities
+from openshell_supervisor.confine.plan import Plan
 from openshell_supervisor.confine.separation import Code
 from openshell_supervisor.enforcement import Statement
-from openshell_supervisor.errors import ConfineError, LaunchError, PolicyError
-from openshell_supervisor.inside import Settled, confine_request, settle, stop_proxy
-from openshell_supervisor.policy import yaml_file
-from openshell_supervisor.policy.defaults import default_policy
-from openshell_supervisor.policy.model import SandboxPolicy
-from openshell_supervisor.policy.not_built import not_built, refusals
-from openshell_supervisor.proxy.authority import finish
+from openshell_supervisor.errors import LaunchError
+from openshell_supervisor.inside import Settled, confine_request, stop_proxy
+from openshell_supervisor.preparation import make_telemetry, prepared
 from openshell_supervisor.proxy.frontend import Proxy
 from openshell_supervisor.sandbox import Sandbox, start_launcher
 from openshell_supervisor.settings import Settings
-from openshell_supervisor.telemetry.events import Context, Process, Severity, Telemetry
+from openshell_supervisor.telemetry.events import Process
 from openshell_supervisor.telemetry.line_writer import STDERR
 from openshell_supervisor.telemetry.plain_log import LateLogger, configure_plain_logging
-from openshell_supervisor.telemetry.sinks import ConsoleSink, JsonlSink
 from openshell_supervisor.workload import environ, process
 from openshell_supervisor.workload.child import Child
 from openshell_supervisor.workload.guard import Mark
-from openshell_supervisor.workload.reaper import Reaper, become_subreaper
-from openshell_supervisor.workload.terminal import Terminal
-
-PR_SET_DUMPABLE = 4  # linux/prctl.h
-# Where a container image may carry a policy (contract 5.1); tried in this order when none is named.
-POLICY_ON_DISK = (Path("/etc/openshell/policy.yaml"), Path("/etc/navigator/policy.yaml"))
-PID_LIMIT_FILE = Path("/sys/fs/cgroup/pids.max")
 
 log = LateLogger("openshell_supervisor.supervisor")
 
@@ -58,10 +40,10 @@ async def run(settings: Settings, authority: int | None = None) -> int:
     `authority` is where a certificate authority begun earlier arrives (`proxy.authority.begin`), None to make it here.
     """
     configure_plain_logging(settings.log_level)
-    telemetry = _telemetry(settings)
+    telemetry = make_telemetry(settings)
     early = _catch_early_signals()
     try:
-        async with _prepared(settings, telemetry, authority) as sandbox:
+        async with prepared(settings, telemetry, authority) as sandbox:
             return await _live(sandbox)
     except asyncio.CancelledError:
         if not early:
@@ -86,115 +68,13 @@ def _catch_early_signals() -> list[int]:
     return caught
 
 
-def _telemetry(settings: Settings) -> Telemetry:
-    sinks: list[Any] = [ConsoleSink(settings.log_level)]
-    if settings.ocsf_file is not None:
-        sinks.append(JsonlSink(settings.ocsf_file))
-    context = Context(settings.sandbox_id, settings.sandbox_name, image=settings.image, version=__version__)
-    return Telemetry(context, sinks)
-
-
-@contextlib.asynccontextmanager
-async def _prepared(settings: Settings, telemetry: Telemetry, begun: int | None) -> AsyncIterator[Sandbox]:
-    """Everything that can fail before the host is touched, in that order; the run directory is removed at the end."""
-    # Same-uid processes must not read our memory, environment or descriptors through /proc (prctl(2), PR_SET_DUMPABLE).
-    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    for given in settings.without_effect:
-        log.info("without effect", setting=given)
-    if settings.status_file is not None:
-        report.forget_status(settings.status_file)
-    policy = _load_policy(settings, telemetry)
-    identity = identities.resolve(_identity_inputs(settings, policy))
-    if identity.note:
-        telemetry.config("validated", f"Workload identity: {identity.note}", uid=identity.uid, gid=identity.gid)
-    _check_pid_limit(settings)
-    limit = _raise_open_files()
-    reaper = Reaper()
-    become_subreaper()
-    reaper.install()
-    with contextlib.ExitStack() as stack:
-        stack.callback(reaper.uninstall)
-        directory = rundir.create(settings.run_dir, os.environ)
-        stack.callback(rundir.remove, directory)
-        terminal = stack.enter_context(Terminal()) if settings.tty or (os.isatty(0) and os.isatty(1)) else None
-        launchers = [start_launcher(reaper, terminal)]
-        stack.callback(_discard_all, launchers)
-        authority = asyncio.create_task(asyncio.to_thread(finish, begun))
-        yield Sandbox(settings, telemetry, reaper, policy, identity, directory, authority, terminal, launchers, limit)
-
-
-def _raise_open_files() -> tuple[int, int]:
-    """Raise our own limit on descriptors as far as it goes; answers what it was, for the workload. A tunnel takes six."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return soft, hard
-
-
-def _discard_all(launchers: list[Child]) -> None:
-    for child in launchers:
-        child.discard()
-
-
-def _load_policy(settings: Settings, telemetry: Telemetry) -> SandboxPolicy:
-    """The named file, else one in the image, else the default that allows nothing. Raises `PolicyError`."""
-    path = settings.policy or next((candidate for candidate in POLICY_ON_DISK if candidate.is_file()), None)
-    if path is None:
-        telemetry.config("default", "No policy file on disk, using restrictive default", path=str(POLICY_ON_DISK[0]))
-        return default_policy()
-    loaded = yaml_file.load(path)
-    telemetry.config(
-        "loaded", "Loaded sandbox policy from a local file", path=str(path), rules=len(loaded.policy.network_policies)
-    )
-    refused = refusals(loaded.policy)
-    if refused:
-        raise PolicyError(refused, source=str(path))
-    for problem in (*loaded.warnings, *not_built(loaded.policy)):
-        telemetry.config(
-            "validated",
-            f"Policy warning: {problem.text(str(path))}",
-            severity=Severity.MEDIUM,
-            unmapped={"warning": problem.code},
-        )
-    return loaded.policy
-
-
-def _identity_inputs(settings: Settings, policy: SandboxPolicy) -> identities.IdentityInputs:
-    named = policy.process
-    return identities.IdentityInputs(
-        run_as_user=named.run_as_user if named else "",
-        run_as_group=named.run_as_group if named else "",
-        oci_user=settings.oci_user,
-        sandbox_uid=settings.sandbox_uid,
-        sandbox_gid=settings.sandbox_gid,
-        workdir=str(settings.workdir or ""),
-        environment=os.environ,
-    )
-
-
-def _check_pid_limit(settings: Settings) -> None:
-    """Contract 1.5: a missing pids limit is a warning, or fatal where the operator requires one."""
-    try:
-        limited = PID_LIMIT_FILE.read_text().strip().isdigit()
-    except OSError:
-        limited = False
-    if limited:
-        return
-    if settings.require_pid_limit:
-        raise ConfineError(
-            "no limit on the number of processes is set (OPENSHELL_REQUIRE_RUNTIME_PID_LIMIT)",
-            code="pid_limit_missing",
-            step="pid limit",
-            hint="start the container with --pids-limit",
-        )
-    log.debug("no limit on the number of processes", file=str(PID_LIMIT_FILE))
-
-
 async def _live(sandbox: Sandbox) -> int:
     """From the boundary to the exit code."""
     settings = sandbox.settings
-    ascent = await _climb(sandbox)
+    say_file_rules(sandbox, await sandbox.plan)
+    ascent, network = await climb(sandbox)
     try:
-        statement = _statement(sandbox, ascent)
+        statement = await state(sandbox, ascent, network)
         report.announce(statement, ascent.failures, sandbox.telemetry)
         STDERR.write(statement.table())
         report.require(statement, settings.require)
@@ -203,48 +83,6 @@ async def _live(sandbox: Sandbox) -> int:
         ascent.launcher.discard()
         await stop_proxy(ascent.settled)
         await ascent.boundary.close()
-
-
-async def _climb(sandbox: Sandbox) -> ladder.Ascent[Child, Settled]:
-    settings = sandbox.settings
-    # An explicit wish to enforce excludes the rung that cannot: auto then refuses instead of observing.
-    mode = "isolated" if settings.network_mode == "auto" and settings.egress == "enforce" else settings.network_mode
-    return await ladder.climb(
-        mode,
-        label=f"sandbox-{secrets.token_hex(4)}",
-        identity=sandbox.identity.as_plan(),
-        new_launcher=sandbox.new_launcher,
-        settle=lambda boundary, child: settle(sandbox, boundary, child),
-        telemetry=sandbox.telemetry,
-    )
-
-
-def _statement(sandbox: Sandbox, ascent: ladder.Ascent[Child, Settled]) -> Statement:
-    settled = ascent.settled
-    others = report.other_layers(
-        sandbox.policy,
-        sandbox.identity,
-        settled.privileges,
-        relaxed_identity=sandbox.settings.relaxed_identity,
-    )
-    rung = ascent.boundary.rung
-    effective = "host" if rung == "observed" else "isolated"
-    network = report.network_layer(
-        requested=sandbox.settings.network_mode,
-        rung=rung,
-        egress=settled.egress,
-        failures=ascent.failures,
-        evidence=settled.evidence,
-        gaps=settled.gaps,
-    )
-    return Statement.of(
-        requested_mode=sandbox.settings.network_mode,
-        effective_mode=effective,
-        rung=rung,
-        egress=settled.egress,
-        policy_generation=sandbox.generation_number,
-        layers=[network, *others],
-    )
 
 
 async def _run_workload(
@@ -334,7 +172,8 @@ async def _signal_as(sandbox: Sandbox, group: int, number: int) -> None:
     """Send a signal through a launcher that took the workload's identity: we lack CAP_KILL over it."""
     child = start_launcher(sandbox.reaper)
     try:
-        await child.ask({**confine_request(sandbox, Code()), "cwd": None})
+        # No file rules: a domain of its own could not signal into the workload's (landlock(7), scoped signals).
+        await child.ask({**confine_request(sandbox, Code(), Plan()), "cwd": None})
         await child.ask({"op": "signal", "group": group, "signal": int(number)})
     except LaunchError as error:
         log.warning("cannot signal the workload", step=error.step, errno=error.errno_name)

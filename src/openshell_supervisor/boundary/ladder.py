@@ -14,7 +14,7 @@ from openshell_supervisor.boundary import loopback, observed
 from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.boundary.launcher_link import Launcher, entering
 from openshell_supervisor.enforcement import errno_name
-from openshell_supervisor.errors import BoundaryError
+from openshell_supervisor.errors import BoundaryError, RungFailure
 from openshell_supervisor.telemetry.events import Telemetry
 
 # The rungs of each mode, strongest first.
@@ -22,22 +22,9 @@ RUNGS: Mapping[str, tuple[str, ...]] = {
     "isolated": ("veth", "loopback"),
     "auto": ("veth", "loopback", "observed"),
     "host": ("observed",),
+    "external": ("external",),
 }
 DEFAULT_PROXY_PORT = 3128  # proxy.md 1.1
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a rung was not taken. `errno` is symbolic, None where no system call failed."""
-
-    rung: str
-    step: str
-    errno: str | None
-    message: str
-
-    def brief(self) -> str:
-        """`rung: step: errno or message`, for one line of a log."""
-        return f"{self.rung}: {self.step}: {self.errno or self.message}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +34,7 @@ class Ascent[L: Launcher, S]:
     boundary: Boundary
     launcher: L
     settled: S
-    failures: tuple[Failure, ...]
+    failures: tuple[RungFailure, ...]
 
 
 async def climb[L: Launcher, S](
@@ -63,7 +50,7 @@ async def climb[L: Launcher, S](
 
     `settle` raises `BoundaryError` to refuse a rung (it must undo what it started); any other exception ends the climb.
     """
-    failures: list[Failure] = []
+    failures: list[RungFailure] = []
     for rung in RUNGS[mode]:
         launcher = new_launcher()
         boundary: Boundary | None = None
@@ -71,14 +58,14 @@ async def climb[L: Launcher, S](
             boundary = await _build(rung, label, launcher, identity, telemetry)
             settled = await settle(boundary, launcher)
         except BoundaryError as error:
-            failures.append(Failure(rung, error.step, errno_name(error.errno), error.message))
+            failures.append(RungFailure(rung, error.step, errno_name(error.errno), error.message))
             await _undo(boundary, launcher)
         except BaseException:
             await _undo(boundary, launcher)
             raise
         else:
             return Ascent(boundary, launcher, settled, tuple(failures))
-    raise BoundaryError(
+    none = BoundaryError(
         "Network namespace creation failed and proxy mode requires isolation. "
         + "; ".join(f.brief() for f in failures),
         code="boundary_unavailable",
@@ -86,6 +73,8 @@ async def climb[L: Launcher, S](
         hint="allow user namespaces (or CAP_NET_ADMIN and CAP_SYS_ADMIN) in this container, or choose --network-mode auto, "
         "which says so and observes where nothing can be enforced",
     )
+    none.failures = tuple(failures)
+    raise none
 
 
 async def _build(
@@ -93,8 +82,8 @@ async def _build(
 ) -> Boundary:
     if rung == "loopback":
         return await loopback.build(label, DEFAULT_PROXY_PORT, launcher, identity, telemetry)
-    if rung == "observed":
-        return await observed.build(label, DEFAULT_PROXY_PORT, launcher)
+    if rung in ("observed", "external"):
+        return await observed.build(label, DEFAULT_PROXY_PORT, launcher, rung=rung)
     from openshell_supervisor.boundary import veth  # its netlink library is imported only where the rung is tried
 
     boundary = await veth.build(label, DEFAULT_PROXY_PORT, telemetry)

@@ -1,7 +1,7 @@
-"""The lowest rung: the workload shares the supervisor's network namespace and the proxy only observes.
+"""The lowest rung: the workload shares the supervisor's network namespace, and nothing here keeps it on the way to the proxy.
 
-Nothing here enforces anything; the statement says so. The rung exists because a workload that must start anyway is better
-watched than not.
+The statement says so. The rung exists because a workload that must start anyway is better watched than not; as `external` it
+is what we do where the operator says that an outer sandbox owns the network.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from openshell_supervisor.boundary.boundary import LISTEN_BACKLOG, Boundary
 from openshell_supervisor.boundary.launcher_link import Launcher, entering
 from openshell_supervisor.errors import BoundaryError
 
-RUNG = "observed"
 
-
-async def build(label: str, port: int, launcher: Launcher) -> Boundary:
+async def build(label: str, port: int, launcher: Launcher, *, rung: str = "observed") -> Boundary:
     """Listen on 127.0.0.1:`port` of this namespace, or on a free port where that one is taken. Raises `BoundaryError`."""
     inode = os.stat("/proc/self/ns/net").st_ino
     listener = _listen(port)
-    boundary = Boundary(RUNG, label, listener, listener.getsockname())
+    boundary = Boundary(rung, label, listener, listener.getsockname())
     try:
-        with entering(RUNG):
+        with entering(rung):
             await launcher.ask({"op": "enter", "how": "stay", "inode": inode})
     except BoundaryError:
         await boundary.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,12 +66,13 @@ class Canary:
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What the probe saw. `leaks` are ways that led out, `gaps` what might lead further out than this machine's namespaces;
-    `proxy_answered` says whether the proxy gave the nonce back."""
+    `proxy_answered` says whether the proxy gave the nonce back; `tries` are the answers to the caller's own attempts."""
 
     leaks: tuple[str, ...]
     proxy_answered: bool
     detail: dict[str, object]
     gaps: tuple[str, ...] = ()
+    tries: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def tight(self) -> bool:
@@ -127,11 +128,15 @@ def _open_abstract() -> Canary:
     return Canary("unix", sock, (name,))
 
 
-async def inspect(boundary: Boundary, launcher: Launcher, nonce: str) -> Finding:
-    """Let the launcher try every way; `nonce` is what the proxy was told to give back. Raises `LaunchError`."""
+async def inspect(
+    boundary: Boundary, launcher: Launcher, nonce: str, tries: Sequence[Mapping[str, Any]] = ()
+) -> Finding:
+    """Let the launcher's twin try every way; `nonce` is what the proxy was told to give back. `tries` are attempts that this
+    room knows nothing of (launcher, `probe`): their answers are handed back. Raises `LaunchError`."""
     ask = f"GET http://policy.local/v1/probe/{nonce} HTTP/1.1\r\nHost: policy.local\r\nConnection: close\r\n\r\n"
     request: dict[str, Any] = {
         "op": "probe",
+        "tries": [dict(one) for one in tries],
         "ways": [],
         "timeout": WAY_TIMEOUT,
         "proxy": list(boundary.proxy_address),
@@ -172,7 +177,7 @@ def _judge(opened: list[Canary], answer: dict[str, Any], nonce: str) -> Finding:
     detail: dict[str, object] = {"probed": True, "canaries": len(opened), "tried": tried, "proxy_answered": answered}
     if not answered:
         detail["proxy_errno"] = errno_name(answer["proxy"]["errno"])
-    return Finding(tuple(leaks), answered, detail, tuple(gaps))
+    return Finding(tuple(leaks), answered, detail, tuple(gaps), tuple(answer["tries"]))
 
 
 def _name(way: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ def answer_as_twin(request: Request, writing: int) -> NoReturn:
         prctl("parent death signal", PR_SET_PDEATHSIG, signal.SIGKILL)
         answer = json.dumps(
             {
-                "tries": [{"name": item["name"], "errno": attempt(item)} for item in request.get("tries", ())],
+                "tries": [{"errno": attempt(item)} for item in request.get("tries", ())],
                 "ways": [{**way, "errno": attempt_way(way, request["timeout"])} for way in request["ways"]],
                 "proxy": ask_proxy(request["proxy"], request["ask"].encode(), request["patience"]),
             }

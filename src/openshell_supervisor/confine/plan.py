@@ -1,0 +1,115 @@
+"""What the launcher is to do to itself beyond taking an identity, made before the host is touched: a Landlock ruleset, filters,
+and what its twin is to try.
+
+Nothing is decided here: what could not be made is kept as the error it was, for `confine.failure` to judge with the statement.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openshell_supervisor.confine import baseline, landlock, selfprobe
+from openshell_supervisor.confine.baseline import FileRules
+from openshell_supervisor.confine.landlock import Rules, Ruleset
+from openshell_supervisor.confine.seccomp import FilterOptions, boundary_filter, self_probe_tries
+from openshell_supervisor.enforcement import Layer
+from openshell_supervisor.errors import ConfineError
+from openshell_supervisor.policy.model import Netlink, SandboxPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the plan is made from. `directories` are the supervisor's own that the workload may read (the first holds the
+    canary); `skip` names the layers that are not ours; `workdir` and `standing_in` are as in `baseline.file_rules`."""
+
+    policy: SandboxPolicy
+    netlink: Netlink
+    directories: tuple[Path, ...]
+    workdir: str | None = None
+    standing_in: str = "/"
+    skip: frozenset[Layer] = frozenset()
+    self_probe: bool = True
+
+
+@dataclass(slots=True)
+class Plan:
+    """The launcher's part of a run. Of each pair of a thing and its error, at most one is set; neither: not asked for."""
+
+    file_rules: FileRules | None = None
+    ruleset: Ruleset | None = None
+    file_rules_error: ConfineError | None = None
+    hard: bool = False
+    workload_filters: tuple[bytes, ...] = ()
+    filters_error: ConfineError | None = None
+    tries: list[selfprobe.Try] = field(default_factory=list)
+    canary: Path | None = None
+
+    def request(self) -> dict[str, Any]:
+        """The plan's part of the `confine` request; the ruleset's descriptor goes beside it."""
+        boundary = boundary_filter()
+        filters = {"boundary": [boundary.hex()] if boundary else []}
+        if self.workload_filters:
+            filters["workload"] = [program.hex() for program in self.workload_filters]
+        return {
+            "landlock": None if self.ruleset is None else {"flags": self.ruleset.restrict_flags},
+            "filters": filters,
+        }
+
+    def descriptors(self) -> list[int]:
+        """What is passed beside the `confine` request."""
+        return [] if self.ruleset is None else [self.ruleset.fd]
+
+    def close(self) -> None:
+        """Give up the ruleset and take the canary away; what the launcher entered stays."""
+        if self.ruleset is not None:
+            self.ruleset.close()
+        if self.canary is not None:
+            self.canary.unlink(missing_ok=True)
+
+
+def make(wishes: Wishes, filters: Callable[[FilterOptions], tuple[bytes, ...]]) -> Plan:
+    """The plan of one run; `filters` makes the workload's programs and may raise `ConfineError`. Raises nothing. Blocks."""
+    plan = Plan()
+    if Layer.FILESYSTEM not in wishes.skip and baseline.asked(wishes.policy):
+        _plan_files(plan, wishes)
+    if Layer.SYSCALLS not in wishes.skip:
+        _plan_filters(plan, wishes, filters)
+    if wishes.self_probe:
+        plan.tries.append(selfprobe.privileges())
+    return plan
+
+
+def _plan_files(plan: Plan, wishes: Wishes) -> None:
+    policy = wishes.policy
+    plan.hard = policy.landlock is not None and policy.landlock.hard_requirement
+    plan.file_rules = rules = baseline.file_rules(
+        policy,
+        workdir=wishes.workdir,
+        standing_in=wishes.standing_in,
+        run_directories=tuple(str(path) for path in wishes.directories),
+    )
+    try:
+        plan.ruleset = landlock.build(Rules(rules.read_only, rules.read_write, hard=plan.hard))
+    except ConfineError as error:
+        plan.file_rules_error = error
+        return
+    if wishes.self_probe:
+        tries, plan.canary = selfprobe.files((rules.read_only, rules.read_write), wishes.directories[0])
+        plan.tries += tries
+        if plan.ruleset.scopes:
+            plan.tries.append(selfprobe.signals(os.getpid()))
+
+
+def _plan_filters(plan: Plan, wishes: Wishes, filters: Callable[[FilterOptions], tuple[bytes, ...]]) -> None:
+    options = FilterOptions(netlink=wishes.netlink)
+    try:
+        plan.workload_filters = filters(options)
+    except ConfineError as error:
+        plan.filters_error = error
+        return
+    if wishes.self_probe:
+        plan.tries += selfprobe.system_calls(self_probe_tries(options))

@@ -1,0 +1,200 @@
+"""The entries of the enforcement statement, each made from what was verified and tried, never from what was asked.
+
+One function per layer; `confine.failure` decides what a failure comes to. The statement's readers are in `report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from openshell_supervisor.confine import landlock
+from openshell_supervisor.confine.failure import FailureHandler, Subsystem
+from openshell_supervisor.confine.identity import Identity
+from openshell_supervisor.confine.plan import Plan
+from openshell_supervisor.confine.prelude import PreludeFacts
+from openshell_supervisor.confine.selfprobe import NOTHING, Seen
+from openshell_supervisor.enforcement import Enforcement, Layer, State
+from openshell_supervisor.errors import ConfineError, RungFailure
+from openshell_supervisor.policy.model import SandboxPolicy
+
+# Rights of files that the statement cannot do without: where the kernel does not mediate truncate(2) (before ABI 3), a file
+# that is listed read-only can be emptied (isolation.md 2.1).
+INDISPENSABLE = frozenset(("truncate",))
+
+
+@dataclass(frozen=True, slots=True)
+class Confined:
+    """What the launcher answered when it had confined itself, and what its twin saw of each layer."""
+
+    answer: Mapping[str, Any]
+    seen: Mapping[Layer, Seen]
+    probed: bool = True
+
+    def of(self, layer: Layer) -> Seen:
+        """What was tried of this layer."""
+        return self.seen.get(layer, NOTHING)
+
+
+def network(
+    *,
+    requested: str,
+    rung: str,
+    egress: str,
+    failures: tuple[RungFailure, ...],
+    evidence: Mapping[str, object],
+    gaps: tuple[str, ...],
+    given: Enforcement | None,
+) -> Enforcement:
+    """`enforced` only for an isolating rung that was probed, a proxy that enforces, and no `gaps`. `given` is the entry of a
+    network that was declared external, or whose failure was tolerated."""
+    failed = [{"rung": f.rung, "step": f.step, "errno": f.errno, "error": f.message} for f in failures]
+    detail = {**evidence, "failed_rungs": failed}
+    if given is not None:
+        how = "the proxy enforces for clients that use it" if egress == "enforce" else "verdicts are only logged"
+        return Enforcement(
+            Layer.NETWORK, given.state, f"{given.reason}; {how}", errno=given.errno, detail={**given.detail, **detail}
+        )
+    if rung == "observed" and requested == "host":
+        reason = "network mode host was asked for: verdicts are logged, egress is not enforced"
+        return Enforcement(Layer.NETWORK, State.OFF, reason, asked=False, detail=detail)
+    if rung == "observed":
+        errno = next((f.errno for f in reversed(failures) if f.errno), None)
+        reason = "no boundary could be built, verdicts are only logged: " + "; ".join(f.brief() for f in failures)
+        return Enforcement(Layer.NETWORK, State.DEGRADED, reason, errno=errno, detail=detail)
+    if egress == "observe":
+        reason = f"--egress observe was asked for: rung {rung} leaves only the proxy, which lets denied requests pass"
+        return Enforcement(Layer.NETWORK, State.OFF, reason, asked=False, detail=detail)
+    if gaps:
+        reason = f"rung {rung} leaves only the proxy, but the workload can get around it: " + "; ".join(gaps)
+        return Enforcement(Layer.NETWORK, State.DEGRADED, reason, detail=detail)
+    reason = (
+        f"rung {rung}: only the proxy was reachable from inside ({evidence['canaries']} other destinations were tried)"
+    )
+    return Enforcement(Layer.NETWORK, State.ENFORCED, reason, detail=detail)
+
+
+def filesystem(plan: Plan, confined: Confined, handler: FailureHandler) -> Enforcement:
+    """The file rules. Raises `ConfineError` where the policy makes them a hard requirement and they do not hold."""
+    layer = Layer.FILESYSTEM
+    declared = handler.declared(layer)
+    if declared is not None:
+        return declared
+    if plan.file_rules_error is not None:
+        return handler.file_rules_failed(plan.file_rules_error, hard=plan.hard)
+    if plan.ruleset is None:
+        return Enforcement(layer, State.OFF, "the policy has no file rules", asked=False)
+    refused = confined.answer["landlock"]
+    if refused:
+        error = ConfineError(
+            "Landlock: the kernel made the ruleset and does not let the workload enter it",
+            code="landlock_enforce_failed",
+            step="landlock_restrict_self",
+            errno=refused,
+            hint="look for a seccomp profile of the container's runtime that refuses landlock_restrict_self",
+        )
+        return handler.file_rules_failed(error, hard=plan.hard)
+    seen = confined.of(layer)
+    word, sentence = landlock.summary(plan.ruleset)
+    detail = {**landlock.detail(plan.ruleset), "extent": word, **_probed(confined, seen)}
+    reason = _not_shown(confined, seen, "no place outside of the file rules could be tried")
+    if reason:
+        return _unproven(layer, reason, detail, hard=plan.hard)
+    lacking = sorted(INDISPENSABLE & set(plan.ruleset.missing_rights))
+    if lacking:
+        return _unproven(
+            layer, f"this kernel does not mediate {', '.join(lacking)}; {sentence}", detail, hard=plan.hard
+        )
+    return Enforcement(layer, State.ENFORCED, f"{word}: {sentence}", detail=detail)
+
+
+def _unproven(layer: Layer, reason: str, detail: dict[str, object], *, hard: bool) -> Enforcement:
+    if hard:
+        raise ConfineError(
+            f"landlock.compatibility is hard_requirement, and the file rules do not hold: {reason}",
+            code="landlock_not_held",
+            step="self-probe",
+            hint="run on a kernel with Landlock ABI 3 or later (Linux 6.2), or write best_effort",
+        )
+    return Enforcement(layer, State.DEGRADED, reason, detail=detail)
+
+
+def syscalls(plan: Plan, confined: Confined, handler: FailureHandler) -> Enforcement:
+    """The workload's system call filters. Raises `ConfineError` where they failed and that is not tolerated."""
+    layer = Layer.SYSCALLS
+    declared = handler.declared(layer)
+    if declared is not None:
+        return declared
+    if plan.filters_error is not None:
+        return handler.failed(Subsystem.WORKLOAD_SECCOMP, plan.filters_error)
+    refused = confined.answer["filters"]["workload"]
+    if refused:
+        error = ConfineError(
+            "the workload's system call filters cannot be installed",
+            code="workload_seccomp_failed",
+            step="workload-seccomp",
+            errno=refused,
+            hint="allow seccomp in the container's runtime, declare the layer with --declare-external syscalls where an "
+            "outer sandbox owns it, or set OPENSHELL_BEST_EFFORT_FAILURES to start without",
+        )
+        return handler.failed(Subsystem.WORKLOAD_SECCOMP, error)
+    seen = confined.of(layer)
+    detail = {"filters": confined.answer["filters_added"], **_probed(confined, seen)}
+    reason = _not_shown(confined, seen, "no refused call could be tried")
+    if reason:
+        return Enforcement(layer, State.DEGRADED, reason, detail=detail)
+    reason = f"{len(plan.workload_filters)} filters" + (
+        f", {len(seen.tried)} refused calls tried" if seen.tried else ""
+    )
+    return Enforcement(layer, State.ENFORCED, reason, detail=detail)
+
+
+def privileges(identity: Identity, confined: Confined) -> Enforcement:
+    """From what the launcher verified about itself and its twin could not take back, never from the plan."""
+    verified = dict(confined.answer["privileges"])
+    seen = confined.of(Layer.PRIVILEGES)
+    detail = {**verified, **_probed(confined, seen)}
+    if identity.uid == 0 or verified["uid"] == 0:
+        reason = "the workload keeps uid 0, without capabilities: " + (identity.note or "the supervisor runs as root")
+        return Enforcement(Layer.PRIVILEGES, State.DEGRADED, reason, detail=detail)
+    if not verified["no_new_privs"] or verified["capabilities"] or seen.breaches:
+        reason = "privileges can be had again: " + (", ".join(seen.breaches) or "capabilities or set-uid programs")
+        return Enforcement(Layer.PRIVILEGES, State.DEGRADED, reason, detail=detail)
+    reason = f"uid {verified['uid']}, gid {verified['gid']}, no capabilities, no_new_privs; uid 0 cannot be taken again"
+    return Enforcement(Layer.PRIVILEGES, State.ENFORCED, reason, detail=detail)
+
+
+def supervisor_syscalls(facts: PreludeFacts) -> Enforcement:
+    """The supervisor's own filter, which was verified and tried when it was installed."""
+    detail = {
+        "probed": True,
+        "threads": facts.threads,
+        "filters": [facts.filters_before, facts.filters_after],
+        "tried": facts.tried,
+    }
+    reason = f"on all {facts.threads} threads, {len(facts.tried)} refused calls tried"
+    return Enforcement(Layer.SUPERVISOR_SYSCALLS, State.ENFORCED, reason, detail=detail)
+
+
+def binary_identity(policy: SandboxPolicy, *, relaxed: bool) -> Enforcement:
+    """Which program asks; not built yet, and said so."""
+    asked = any(rule.binaries for rule in policy.network_policies.values())
+    if relaxed:
+        reason = "OPENSHELL_NETWORK_BINARY_IDENTITY turns it off"
+    elif asked:
+        reason = "the policy lists binaries, but telling them apart is not built yet: every process counts as allowed"
+    else:
+        reason = "the policy lists no binaries"
+    return Enforcement(Layer.BINARY_IDENTITY, State.OFF, reason, asked=asked)
+
+
+def _probed(confined: Confined, seen: Seen) -> dict[str, object]:
+    return seen.detail() if confined.probed else {"probed": False}
+
+
+def _not_shown(confined: Confined, seen: Seen, untried: str) -> str:
+    """Why a layer is not shown to hold; empty where it is, or where the operator gave up the self-probe."""
+    if seen.breaches:
+        return "tried from inside, and not refused: " + "; ".join(seen.breaches)
+    return untried if confined.probed and not seen.tried else ""

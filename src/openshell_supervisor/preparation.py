@@ -1,0 +1,173 @@
+"""Everything that can fail before the host is touched, in that order: hardening, policy, identity, limits, plan."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from openshell_supervisor import __version__, report, rundir
+from openshell_supervisor.confine import hardening
+from openshell_supervisor.confine import identity as identities
+from openshell_supervisor.confine import plan as plans
+from openshell_supervisor.confine.failure import FailureHandler
+from openshell_supervisor.confine.seccomp import workload_filters
+from openshell_supervisor.errors import ConfineError
+from openshell_supervisor.policy import yaml_file
+from openshell_supervisor.policy.defaults import default_policy
+from openshell_supervisor.policy.model import SandboxPolicy
+from openshell_supervisor.policy.not_built import not_built
+from openshell_supervisor.proxy.authority import finish
+from openshell_supervisor.sandbox import Sandbox, start_launcher
+from openshell_supervisor.settings import Settings
+from openshell_supervisor.telemetry.events import Context, Severity, Telemetry
+from openshell_supervisor.telemetry.plain_log import LateLogger
+from openshell_supervisor.telemetry.sinks import ConsoleSink, JsonlSink
+from openshell_supervisor.workload import environ
+from openshell_supervisor.workload.child import Child
+from openshell_supervisor.workload.reaper import Reaper, become_subreaper
+from openshell_supervisor.workload.terminal import Terminal
+
+# Where a container image may carry a policy (contract 5.1); tried in this order when none is named.
+POLICY_ON_DISK = (Path("/etc/openshell/policy.yaml"), Path("/etc/navigator/policy.yaml"))
+PID_LIMIT_FILE = Path("/sys/fs/cgroup/pids.max")
+
+log = LateLogger("openshell_supervisor.preparation")
+
+
+def make_telemetry(settings: Settings) -> Telemetry:
+    sinks: list[Any] = [ConsoleSink(settings.log_level)]
+    if settings.ocsf_file is not None:
+        sinks.append(JsonlSink(settings.ocsf_file))
+    context = Context(settings.sandbox_id, settings.sandbox_name, image=settings.image, version=__version__)
+    return Telemetry(context, sinks)
+
+
+@contextlib.asynccontextmanager
+async def prepared(settings: Settings, telemetry: Telemetry, begun: int | None) -> AsyncIterator[Sandbox]:
+    """Everything that can fail before the host is touched, in that order; the run directory is removed at the end."""
+    hardening.harden()
+    hardening.scrub_environment(environ.WITHHELD)
+    for given in settings.without_effect:
+        log.info("without effect", setting=given)
+    if settings.status_file is not None:
+        report.forget_status(settings.status_file)
+    policy = _load_policy(settings, telemetry)
+    identity = identities.resolve(_identity_inputs(settings, policy))
+    if identity.note:
+        telemetry.config("validated", f"Workload identity: {identity.note}", uid=identity.uid, gid=identity.gid)
+    _check_pid_limit(settings)
+    limit = _raise_open_files()
+    reaper = Reaper()
+    become_subreaper()
+    reaper.install()
+    with contextlib.ExitStack() as stack:
+        stack.callback(reaper.uninstall)
+        directory = rundir.create(settings.run_dir, os.environ)
+        stack.callback(rundir.remove, directory)
+        terminal = stack.enter_context(Terminal()) if settings.tty or (os.isatty(0) and os.isatty(1)) else None
+        launchers = [start_launcher(reaper, terminal)]
+        stack.callback(_discard_all, launchers)
+        authority = asyncio.create_task(asyncio.to_thread(finish, begun))
+        plan = asyncio.create_task(
+            asyncio.to_thread(plans.make, _wishes(settings, policy, directory), workload_filters)
+        )
+        failures = FailureHandler(telemetry, settings.best_effort, settings.external)
+        sandbox = Sandbox(
+            settings,
+            telemetry,
+            reaper,
+            policy,
+            identity,
+            directory,
+            authority,
+            plan,
+            failures,
+            terminal,
+            launchers,
+            limit,
+        )
+        try:
+            yield sandbox
+        finally:
+            (await plan).close()
+
+
+def _wishes(settings: Settings, policy: SandboxPolicy, directory: Path) -> plans.Wishes:
+    netlink = settings.netlink
+    return plans.Wishes(
+        policy,
+        policy.netlink if netlink is None else netlink,
+        (directory,) if settings.tls_dir is None else (directory, settings.tls_dir),
+        workdir=str(settings.workdir.absolute()) if settings.workdir else None,
+        standing_in=os.getcwd(),
+        skip=settings.external,
+        self_probe=settings.self_probe,
+    )
+
+
+def _raise_open_files() -> tuple[int, int]:
+    """Raise our own limit on descriptors as far as it goes; answers what it was, for the workload. A tunnel takes six."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft, hard
+
+
+def _discard_all(launchers: list[Child]) -> None:
+    for child in launchers:
+        child.discard()
+
+
+def _load_policy(settings: Settings, telemetry: Telemetry) -> SandboxPolicy:
+    """The named file, else one in the image, else the default that allows nothing. Raises `PolicyError`."""
+    path = settings.policy or next((candidate for candidate in POLICY_ON_DISK if candidate.is_file()), None)
+    if path is None:
+        telemetry.config("default", "No policy file on disk, using restrictive default", path=str(POLICY_ON_DISK[0]))
+        return default_policy()
+    loaded = yaml_file.load(path)
+    telemetry.config(
+        "loaded", "Loaded sandbox policy from a local file", path=str(path), rules=len(loaded.policy.network_policies)
+    )
+    for problem in (*loaded.warnings, *not_built(loaded.policy)):
+        telemetry.config(
+            "validated",
+            f"Policy warning: {problem.text(str(path))}",
+            severity=Severity.MEDIUM,
+            unmapped={"warning": problem.code},
+        )
+    return loaded.policy
+
+
+def _identity_inputs(settings: Settings, policy: SandboxPolicy) -> identities.IdentityInputs:
+    named = policy.process
+    return identities.IdentityInputs(
+        run_as_user=named.run_as_user if named else "",
+        run_as_group=named.run_as_group if named else "",
+        oci_user=settings.oci_user,
+        sandbox_uid=settings.sandbox_uid,
+        sandbox_gid=settings.sandbox_gid,
+        workdir=str(settings.workdir or ""),
+        environment=os.environ,
+    )
+
+
+def _check_pid_limit(settings: Settings) -> None:
+    """Contract 1.5: a missing pids limit is a warning, or fatal where the operator requires one."""
+    try:
+        limited = PID_LIMIT_FILE.read_text().strip().isdigit()
+    except OSError:
+        limited = False
+    if limited:
+        return
+    if settings.require_pid_limit:
+        raise ConfineError(
+            "no limit on the number of processes is set (OPENSHELL_REQUIRE_RUNTIME_PID_LIMIT)",
+            code="pid_limit_missing",
+            step="pid limit",
+            hint="start the container with --pids-limit",
+        )
+    log.debug("no limit on the number of processes", file=str(PID_LIMIT_FILE))

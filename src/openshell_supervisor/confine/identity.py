@@ -1,7 +1,8 @@
 """Who the workload is: the driver's numbers, the image's USER, the policy's names, resolved once to uid, gid and groups.
 
-Follows contract 1.6. What it refuses to know: how the identity is taken (the launcher does that). Account files are read by a
-bounded parser of our own where the image's USER decides, because NSS would run the image's code with our rights.
+Follows contract 1.6. Each of user and group is settled by itself: what the policy says, else what the image declares, else
+the account `sandbox`; never by what the supervisor happens to be, because that is root. What it refuses to know: how the
+identity is taken (the launcher does that) and how an image's account files are read (`confine.accounts`).
 """
 
 from __future__ import annotations
@@ -9,20 +10,26 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from openshell_supervisor.errors import ConfineError
+from openshell_supervisor.confine.accounts import (
+    DEFAULT_HOME,
+    AccountFiles,
+    User,
+    image_group,
+    image_user,
+    is_number,
+    number,
+    refusal,
+    with_groups,
+)
 
 DEFAULT_ACCOUNT = "sandbox"
 # The overflow uid and gid, "nobody" (kernel/sys.c, overflowuid): taken when root starts a workload and no account says who.
 NOBODY = 65534
-IDENTITY_CAPABILITIES = (1 << 6) | (1 << 7)  # CAP_SETGID, CAP_SETUID (linux/capability.h)
-MAX_ID = 2**32 - 2  # 2**32 - 1 means "leave unchanged" to setresuid(2)
-# contract 1.6: account files beyond these are refused, not read.
-MAX_ACCOUNT_FILE_BYTES = 1024 * 1024
-MAX_ACCOUNT_LINE_BYTES = 8 * 1024
+CAP_SETGID, CAP_SETUID = 1 << 6, 1 << 7  # linux/capability.h
+IDENTITY_CAPABILITIES = CAP_SETGID | CAP_SETUID
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,58 +62,156 @@ class IdentityInputs:
     sandbox_gid: str = ""
     workdir: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    files: AccountFiles = field(default_factory=AccountFiles)
 
 
 def resolve(inputs: IdentityInputs) -> Identity:
     """The workload's identity. Raises `ConfineError` with a hint when the inputs contradict each other or name nobody."""
+    for text in (inputs.oci_user or "", inputs.sandbox_uid, inputs.sandbox_gid):
+        if not _is_utf8(text):
+            raise refusal("a variable that says who the workload is is not valid UTF-8", "unset it, or set it anew")
     if inputs.sandbox_uid or inputs.sandbox_gid:
-        return _driver_numbers(inputs)
-    if inputs.oci_user is not None and not (inputs.run_as_user and inputs.run_as_group):
-        return _image_user(inputs)
+        return _within_reach(_driver_numbers(inputs))
+    if inputs.oci_user is not None:
+        return _within_reach(_of_image(inputs, inputs.oci_user))
     if not inputs.run_as_user and not inputs.run_as_group:
         return _nobody_said(inputs)
-    return _named(inputs.run_as_user, inputs.run_as_group)
+    return _within_reach(_of_policy(inputs))
 
 
-def _refuse(message: str, hint: str) -> ConfineError:
-    return ConfineError(message, code="identity_invalid", step="identity", hint=hint)
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a byte that the environment's decoding could only carry as a surrogate
+        return False
+    return True
+
+
+def _within_reach(identity: Identity) -> Identity:
+    """Who already is that user, and may not change its groups, keeps them: nothing to drop, and setgroups would be refused."""
+    if identity.uid == os.geteuid() and not effective_capabilities() & CAP_SETGID:
+        return replace(identity, groups=None)
+    return identity
+
+
+# --- the driver's numbers ----------------------------------------------------------------------------------------------------
 
 
 def _driver_numbers(inputs: IdentityInputs) -> Identity:
     if inputs.oci_user:
-        raise _refuse(
+        raise refusal(
             "OPENSHELL_OCI_IMAGE_USER and OPENSHELL_SANDBOX_UID/GID are both set",
             "set either the image's user or the two numbers",
         )
     if not (inputs.sandbox_uid and inputs.sandbox_gid):
-        raise _refuse("OPENSHELL_SANDBOX_UID and OPENSHELL_SANDBOX_GID must be set together", "set the missing one")
-    uid = _number(inputs.sandbox_uid, "OPENSHELL_SANDBOX_UID")
-    gid = _number(inputs.sandbox_gid, "OPENSHELL_SANDBOX_GID")
-    return Identity(uid, gid, (), str(uid), "/sandbox")
+        raise refusal("OPENSHELL_SANDBOX_UID and OPENSHELL_SANDBOX_GID must be set together", "set the missing one")
+    uid = number(inputs.sandbox_uid, "OPENSHELL_SANDBOX_UID")
+    gid = number(inputs.sandbox_gid, "OPENSHELL_SANDBOX_GID")
+    return Identity(uid, gid, (), inputs.sandbox_uid, DEFAULT_HOME)
 
 
-def _number(text: str, what: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_ID:
-        raise _refuse(
-            f"{what} must be a number in range [1, {MAX_ID}], got {text!r}",
-            "give the numeric id of an unprivileged user",
-        )
-    return int(text)
+# --- the policy's names, and the accounts of the system ------------------------------------------------------------------------
+
+
+def _of_policy(inputs: IdentityInputs) -> Identity:
+    """At least one of the policy's two fields is written; the other one is the account `sandbox`, where there is one."""
+    note = ""
+    if inputs.run_as_user:
+        user = _policy_user(inputs.run_as_user)
+    else:
+        user, note = _default_user(inputs.environment)
+    if inputs.run_as_group:
+        return _joined(user, _policy_group(inputs.run_as_group), note)
+    return _joined(user, *_default_group(user))
+
+
+def _default_group(user: User) -> tuple[int, str]:
+    """The gid where nobody said a group, and a note where that is not the group `sandbox`."""
+    gid = _group_of_system(DEFAULT_ACCOUNT)
+    if gid is not None:
+        return gid, ""
+    gid = user.uid if user.gid is None else user.gid
+    return gid, f"nobody names a group and there is no group {DEFAULT_ACCOUNT!r}: taking gid {gid}"
+
+
+def _joined(user: User, gid: int, note: str = "") -> Identity:
+    """The identity of a user with that group; root's group and root are refused, whoever said them."""
+    if user.uid == 0:
+        raise refusal(f"user {user.name!r} is uid 0", "name an unprivileged user")
+    if gid == 0:
+        raise refusal(f"the group of user {user.name!r} is gid 0", "name an unprivileged group in run_as_group")
+    groups = set() if user.listed is None else {gid, *user.listed}
+    if user.system:
+        # An account may be listed in group 0 without meaning it (useradd -g 0 in many images); the workload never is.
+        groups |= {group for group in os.getgrouplist(user.name, gid) if group != 0}
+    return Identity(user.uid, gid, tuple(sorted(groups)), user.name, user.home, note)
+
+
+def _policy_user(text: str) -> User:
+    if is_number(text):
+        return User(number(text, "run_as_user"), text)
+    user = _user_of_system(text)
+    if user is None:
+        raise refusal(f"user {text!r} does not exist here", "create the account, or give a numeric run_as_user")
+    return user
+
+
+def _policy_group(text: str) -> int:
+    if is_number(text):
+        return number(text, "run_as_group")
+    gid = _group_of_system(text)
+    if gid is None:
+        raise refusal(f"group {text!r} does not exist here", "create the group, or give a numeric run_as_group")
+    return gid
+
+
+def _user_of_system(name: str) -> User | None:
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        return None
+    return User(entry.pw_uid, name, entry.pw_dir or f"/home/{name}", entry.pw_gid, system=True)
+
+
+def _group_of_system(name: str) -> int | None:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None
+
+
+def _default_user(environment: Mapping[str, str]) -> tuple[User, str]:
+    """Who runs where only a group was said, and a note where that is not the account `sandbox`."""
+    if os.geteuid() != 0:
+        current = _current(environment)
+        return User(current.uid, current.user, current.home), current.note
+    user, note = _sandbox_or_nobody()
+    obstacle = _cannot_become(user.uid)
+    if obstacle:
+        raise refusal(f"the policy names no user to take, and {obstacle}", "leave run_as_group out to stay who we are")
+    return user, note
+
+
+def _sandbox_or_nobody() -> tuple[User, str]:
+    user = _user_of_system(DEFAULT_ACCOUNT)
+    if user is not None:
+        return user, ""
+    note = f"the policy names no user and there is no account {DEFAULT_ACCOUNT!r}: running as uid {NOBODY} (nobody)"
+    return User(NOBODY, "nobody", "/tmp", NOBODY), note
 
 
 def _nobody_said(inputs: IdentityInputs) -> Identity:
+    """Who is not root stays; root becomes the account `sandbox`, else nobody, and where it can become neither it stays, noted."""
     if os.geteuid() != 0:
         return _current(inputs.environment)
-    try:
-        return _named(DEFAULT_ACCOUNT, DEFAULT_ACCOUNT)
-    except ConfineError:
-        account = f"the policy names no user and there is no account {DEFAULT_ACCOUNT!r}"
-    obstacle = _cannot_become(NOBODY)
+    user, note = _sandbox_or_nobody()
+    obstacle = _cannot_become(user.uid)
     if obstacle:
-        return Identity(
-            0, os.getegid(), None, "root", inputs.environment.get("HOME", "/root"), f"{account}, and {obstacle}"
-        )
-    return Identity(NOBODY, NOBODY, (), "nobody", "/tmp", f"{account}: running as uid {NOBODY} (nobody)")
+        home = inputs.environment.get("HOME", "/root")
+        return Identity(0, os.getegid(), None, "root", home, f"the policy names no user, and {obstacle}")
+    if note:
+        return _joined(user, NOBODY, note)
+    return _joined(user, *_default_group(user))
 
 
 def effective_capabilities() -> int:
@@ -134,110 +239,26 @@ def _current(environment: Mapping[str, str]) -> Identity:
     )
 
 
-def _named(user: str, group: str) -> Identity:
-    """Names and numbers of the policy, through the system's account database."""
-    uid, gid, name, home = os.geteuid(), os.getegid(), str(os.geteuid()), "/sandbox"
-    groups: tuple[int, ...] = ()
-    if user.isdigit():
-        uid = _number(user, "run_as_user")
-        gid, name = uid, user
-    elif user:
-        try:
-            entry = pwd.getpwnam(user)
-        except KeyError:
-            raise _refuse(
-                f"user {user!r} does not exist here", "create the account, or give a numeric run_as_user"
-            ) from None
-        uid, gid, name, home = entry.pw_uid, entry.pw_gid, user, entry.pw_dir or f"/home/{user}"
-    if group.isdigit():
-        gid = _number(group, "run_as_group")
-    elif group:
-        try:
-            gid = grp.getgrnam(group).gr_gid
-        except KeyError:
-            raise _refuse(
-                f"group {group!r} does not exist here", "create the group, or give a numeric run_as_group"
-            ) from None
-    if user and not user.isdigit():
-        groups = tuple(sorted(os.getgrouplist(user, gid)))
-    if os.geteuid() != 0 and uid == os.geteuid():
-        return Identity(uid, gid, None, name, home)
-    return Identity(uid, gid, groups, name, home)
+# --- the image's USER ----------------------------------------------------------------------------------------------------------
 
 
-def _image_user(inputs: IdentityInputs) -> Identity:
-    """The image's USER declaration `user[:group]`, filling only what the policy leaves out; root is refused."""
-    declared_user, separator, declared_group = (inputs.oci_user or "").partition(":")
-    user = inputs.run_as_user or declared_user
-    group = inputs.run_as_group or declared_group
-    if not user:
-        raise _refuse(
-            "OCI USER is required because run_as_user is omitted", "give the image a USER, or the policy a run_as_user"
+def _of_image(inputs: IdentityInputs, declaration: str) -> Identity:
+    """The declaration `user[:group]` fills what the policy leaves out; with both fields written it is not looked at."""
+    if inputs.run_as_user and inputs.run_as_group:
+        identity = _of_policy(inputs)
+    else:
+        declared, separator, group = declaration.partition(":")
+        needs_primary = not inputs.run_as_group and not separator
+        image = None if inputs.run_as_user and not needs_primary else image_user(inputs.files, declared, needs_primary)
+        user = (
+            with_groups(inputs.files, image) if image and not inputs.run_as_user else _policy_user(inputs.run_as_user)
         )
-    if separator and not group:
-        raise _refuse(f"the image's USER {inputs.oci_user!r} has an empty group", "write USER as user or user:group")
-    accounts = _account_rows("/etc/passwd", 7)
-    row = (
-        _unique(accounts, user, "/etc/passwd")
-        if not user.isdigit()
-        else next((r for r in accounts if r[2] == user), None)
-    )
-    if row is None and not user.isdigit():
-        raise _refuse(f"user {user!r} of the image's USER is not in /etc/passwd", "create the account in the image")
-    uid = int(user) if user.isdigit() else int(row[2]) if row else 0
-    gid = _image_group(group, row)
-    if uid == 0 or gid == 0:
-        raise _refuse(
-            f"the image's USER {inputs.oci_user!r} is root",
-            "declare an unprivileged USER, or set run_as_user and run_as_group",
-        )
-    groups = (
-        set()
-        if user.isdigit()
-        else {gid} | {int(r[2]) for r in _account_rows("/etc/group", 4) if user in r[3].split(",")}
-    )
-    if 0 in groups:
-        raise _refuse(f"user {user!r} belongs to group 0", "take the user out of the root group")
-    return Identity(uid, gid, tuple(sorted(groups)), user, inputs.workdir or (row[5] if row else "/sandbox"))
-
-
-def _image_group(group: str, row: list[str] | None) -> int:
-    if group.isdigit():
-        return int(group)
-    if group:
-        found = _unique(_account_rows("/etc/group", 4), group, "/etc/group")
-        if found is None:
-            raise _refuse(f"group {group!r} of the image's USER is not in /etc/group", "create the group in the image")
-        return int(found[2])
-    if row is None:
-        raise _refuse(
-            "a numeric image USER without a group needs a passwd entry for its primary group", "write USER as uid:gid"
-        )
-    return int(row[3])
-
-
-def _unique(rows: list[list[str]], name: str, source: str) -> list[str] | None:
-    matches = [row for row in rows if row[0] == name]
-    if len(matches) > 1:
-        raise _refuse(f"{name!r} stands more than once in {source}", "remove the duplicate entry")
-    return matches[0] if matches else None
-
-
-def _account_rows(path: str, fields: int) -> list[list[str]]:
-    """The rows of an account file that have `fields` columns; bounded, regular, never through a symlink."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise _refuse(f"cannot read {path}: {error.strerror}", "an image USER needs account files") from error
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise _refuse(f"{path} is not a regular file", "replace it with one")
-        data = file.read(MAX_ACCOUNT_FILE_BYTES + 1)
-    if len(data) > MAX_ACCOUNT_FILE_BYTES or any(len(line) > MAX_ACCOUNT_LINE_BYTES for line in data.split(b"\n")):
-        raise _refuse(
-            f"{path} is too large", f"at most {MAX_ACCOUNT_FILE_BYTES} bytes and {MAX_ACCOUNT_LINE_BYTES} a line"
-        )
-    rows = [
-        line.split(":") for line in data.decode("utf-8", "replace").split("\n") if line and not line.startswith("#")
-    ]
-    return [row for row in rows if len(row) == fields and row[2].isdigit()]
+        if inputs.run_as_group:
+            gid = _policy_group(inputs.run_as_group)
+        elif separator:
+            gid = image_group(inputs.files, group)
+        else:
+            assert image is not None and image.gid is not None
+            gid = image.gid
+        identity = _joined(user, gid)
+    return replace(identity, home=inputs.workdir) if inputs.workdir else identity

@@ -2,9 +2,9 @@
 
 The paths are opened before the privileges are dropped, so a directory behind one that the workload may not enter can still be
 allowed; access rights of files are never widened by that. A rule holds for the very object that was opened, under every name it
-has, and for what lies beneath; a path that appears later is not covered. Symbolic links are followed when a path is opened.
-Everything that the kernel can mediate is handled, so what no rule names is refused. `build` returns what was achieved: the
-rights that the kernel lacks and the paths that had to be left out.
+has, and for what lies beneath it there, mounts included; a path that appears later is not covered. Symbolic links are followed
+when a path is opened. Everything that the kernel can mediate is handled, so what no rule names is refused. `build` returns what
+was achieved: the rights that the kernel lacks and the paths that had to be left out.
 
 This module knows no policy document (`confine.baseline` makes the lists) and makes no statement (`summary` words one).
 """

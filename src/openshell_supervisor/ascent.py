@@ -91,8 +91,11 @@ async def take(sandbox: Sandbox, mode: str, *, insist: bool) -> Ascent:
     )
 
 
-async def state(sandbox: Sandbox, ascent: Ascent, given: Enforcement | None) -> Statement:
-    """The statement, after the supervisor's own filter is in place. Raises `ConfineError` for what may not fail."""
+async def state(
+    sandbox: Sandbox, ascent: Ascent, given: Enforcement | None, *, own: Enforcement | None = None
+) -> Statement:
+    """The statement, with the supervisor's own filter put in place (unless `own` is its entry). `given` is the network's entry
+    from `climb`. Raises `ConfineError` for what may not fail."""
     settings, settled, failures = sandbox.settings, ascent.settled, sandbox.failures
     plan, rung = await sandbox.plan, ascent.boundary.rung
     network = layers.network(
@@ -115,13 +118,13 @@ async def state(sandbox: Sandbox, ascent: Ascent, given: Enforcement | None) -> 
             layers.filesystem(plan, settled.confined, failures),
             layers.syscalls(plan, settled.confined, failures),
             layers.privileges(sandbox.identity, settled.confined),
-            _close_own_calls(sandbox),
+            own or own_calls(sandbox),
             layers.binary_identity(sandbox.policy, relaxed=settings.relaxed_identity),
         ],
     )
 
 
-def _close_own_calls(sandbox: Sandbox) -> Enforcement:
+def own_calls(sandbox: Sandbox) -> Enforcement:
     """Forbid ourselves, every thread, what only the boundary's making needed; whoever takes the supervisor over gets less."""
     layer = Layer.SUPERVISOR_SYSCALLS
     declared = sandbox.failures.declared(layer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno as errno_module
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -88,6 +88,10 @@ class Statement:
             raise ValueError(f"no enforcement was reported for {', '.join(missing)}")
         ordered = tuple(by_layer[layer] for layer in Layer)
         return cls(requested_mode, effective_mode, rung, egress, policy_generation, ordered)
+
+    def with_layers(self, layers: Iterable[Enforcement]) -> Statement:
+        """The same statement with other entries."""
+        return replace(self, layers=tuple(layers))
 
     def layer(self, layer: Layer) -> Enforcement:
         """The entry for one layer."""

@@ -5,6 +5,7 @@ One function per layer; `confine.failure` decides what a failure comes to. The s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,8 @@ def network(
         return Enforcement(Layer.NETWORK, State.OFF, reason, asked=False, detail=detail)
     if rung == "observed":
         errno = next((f.errno for f in reversed(failures) if f.errno), None)
-        reason = "no boundary could be built, verdicts are only logged: " + "; ".join(f.brief() for f in failures)
+        why = "no boundary could be built: " + "; ".join(f.brief() for f in failures) if failures else "no boundary here"
+        reason = f"verdicts are only logged, {why}"
         return Enforcement(Layer.NETWORK, State.DEGRADED, reason, errno=errno, detail=detail)
     if egress == "observe":
         reason = f"--egress observe was asked for: rung {rung} leaves only the proxy, which lets denied requests pass"
@@ -88,7 +90,7 @@ def filesystem(plan: Plan, confined: Confined, handler: FailureHandler) -> Enfor
     refused = confined.answer["landlock"]
     if refused:
         error = ConfineError(
-            "Landlock: the kernel made the ruleset and does not let the workload enter it",
+            f"Landlock: the kernel made the ruleset and does not let the workload enter it: {os.strerror(refused)}",
             code="landlock_enforce_failed",
             step="landlock_restrict_self",
             errno=refused,
@@ -131,7 +133,7 @@ def syscalls(plan: Plan, confined: Confined, handler: FailureHandler) -> Enforce
     refused = confined.answer["filters"]["workload"]
     if refused:
         error = ConfineError(
-            "the workload's system call filters cannot be installed",
+            f"the workload's system call filters cannot be installed: {os.strerror(refused)}",
             code="workload_seccomp_failed",
             step="workload-seccomp",
             errno=refused,

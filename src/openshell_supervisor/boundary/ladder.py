@@ -23,6 +23,7 @@ RUNGS: Mapping[str, tuple[str, ...]] = {
     "auto": ("veth", "loopback", "observed"),
     "host": ("observed",),
     "external": ("external",),
+    **{rung: (rung,) for rung in ("veth", "loopback", "observed")},  # for a rehearsal
 }
 DEFAULT_PROXY_PORT = 3128  # proxy.md 1.1
 

@@ -52,9 +52,9 @@ def judge(tries: Sequence[Try], answers: Iterable[Mapping[str, Any]]) -> dict[La
     seen: dict[Layer, Seen] = {}
     for one, answer in zip(tries, answers, strict=True):
         before = seen.get(one.layer, NOTHING)
-        number = answer["errno"]
-        outcome = errno_name(number) or "succeeded"
-        held = number is not None and one.expect in (None, number)
+        number, killed = answer["errno"], answer.get("killed", False)
+        outcome = "killed by an outer filter" if killed else errno_name(number) or "succeeded"
+        held = killed or (number is not None and one.expect in (None, number))
         breaches = before.breaches if held else (*before.breaches, f"{one.name}: {outcome}")
         seen[one.layer] = Seen({**before.tried, one.name: outcome}, breaches)
     return seen

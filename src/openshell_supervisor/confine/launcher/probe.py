@@ -29,37 +29,55 @@ if TYPE_CHECKING:
 
 
 def probe(request: Request, descriptors: list[int]) -> Answer:
-    """Let a twin try each way out, the proxy, and each forbidden thing; an attempt that succeeded has errno null."""
+    """Let a twin try each forbidden thing, each way out, and the proxy; an attempt that succeeded has errno null.
+
+    An outer profile may kill for a call instead of refusing it (a container runtime's does, for foreign numbers): then the
+    attempt is answered as killed, and another twin goes on behind it.
+    """
+    answers: list[object] = []
+    while True:
+        lines, status = run_twin(request, len(answers))
+        rest = json.loads(lines.pop()) if status == 0 else None
+        answers += map(json.loads, lines)
+        if rest is not None:
+            return {"tries": answers, **rest}, []
+        if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGSYS or len(answers) >= len(request["tries"]):
+            raise StepError("twin", 0, f"the twin ended without an answer, wait status {status}")
+        answers.append({"errno": None, "killed": True})
+
+
+def run_twin(request: Request, start: int) -> tuple[list[bytes], int]:
+    """Fork a twin that begins at attempt `start`; answers the lines that it wrote and its wait status."""
     with step("twin"):
         reading, writing = os.pipe()
         twin = os.fork()
     if twin == 0:
-        answer_as_twin(request, writing)
+        answer_as_twin(request, start, writing)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
-        text = pipe.read()
-    _, status = os.waitpid(twin, 0)
-    if not text or status != 0:
-        raise StepError("twin", 0, f"the twin ended without an answer, wait status {status}")
-    return json.loads(text), []
+        lines = pipe.read().splitlines()
+    return lines, os.waitpid(twin, 0)[1]
 
 
-def answer_as_twin(request: Request, writing: int) -> NoReturn:
-    """In the twin: try everything, write the answers, end. Never returns into the launcher's loop."""
+def answer_as_twin(request: Request, start: int, writing: int) -> NoReturn:
+    """In the twin: a line per attempt, written at once, then one for the rest. Never returns into the launcher's loop."""
     try:
         prctl("parent death signal", PR_SET_PDEATHSIG, signal.SIGKILL)
-        answer = json.dumps(
-            {
-                "tries": [{"errno": attempt(item)} for item in request.get("tries", ())],
-                "ways": [{**way, "errno": attempt_way(way, request["timeout"])} for way in request["ways"]],
-                "proxy": ask_proxy(request["proxy"], request["ask"].encode(), request["patience"]),
-            }
-        ).encode()
-        while answer:
-            answer = answer[os.write(writing, answer) :]
+        for item in request["tries"][start:]:
+            write_line(writing, {"errno": attempt(item)})
+        ways = [{**way, "errno": attempt_way(way, request["timeout"])} for way in request["ways"]]
+        proxy = ask_proxy(request["proxy"], request["ask"].encode(), request["patience"])
+        write_line(writing, {"ways": ways, "proxy": proxy})
     except BaseException:  # noqa: BLE001  the process's boundary: two launchers on one control socket must never be
         os._exit(1)
     os._exit(0)
+
+
+def write_line(writing: int, answer: dict[str, object]) -> None:
+    """One answer as a line of JSON, whole."""
+    line = json.dumps(answer).encode() + b"\n"
+    while line:
+        line = line[os.write(writing, line) :]
 
 
 def attempt(item: Request) -> int | None:

@@ -88,19 +88,21 @@ def file_rules(
     symbolic links) ask the file system.
     """
     section = policy.filesystem or FilesystemPolicy()
+    include_workdir = (
+        section.include_workdir is not False
+    )  # unwritten means true, and so does a section that is not there
     lists = _Lists(section, exists, real)
+    if include_workdir and workdir:
+        lists.take_workdir(normal(workdir))
     _add_gpu(lists, exists, names)
     for path in READ_ONLY:
         lists.offer_read_only(path)
-    for path in run_directories:
-        lists.offer_read_only(normal(path))
     for path in READ_WRITE:
         lists.offer_read_write(path)
-    if section.include_workdir is not False:  # unwritten means true, and so does a section that is not there
-        if workdir:
-            lists.take_workdir(normal(workdir))
-        else:
-            lists.offer_standing_in(normal(standing_in))
+    for path in run_directories:
+        lists.offer_read_only(normal(path))
+    if include_workdir and not workdir:
+        lists.offer_standing_in(normal(standing_in))
     lists.note_what_cannot_be_taken_back()
     return FileRules(tuple(lists.read_only), tuple(lists.read_write), tuple(lists.added), tuple(lists.notes))
 

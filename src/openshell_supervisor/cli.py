@@ -19,6 +19,7 @@ USAGE = f"""openshell-supervisor {__version__}: run a command behind the stronge
 
   openshell-supervisor [run] [OPTIONS] -- COMMAND [ARG ...]
   openshell-supervisor check POLICY [POLICY ...]
+  openshell-supervisor doctor [--json] [--require LAYERS] [OPTIONS]
   openshell-supervisor --version
 
 `openshell-supervisor run --help` lists the options; the user guide is docs/user-guide.md.
@@ -79,7 +80,14 @@ def check(arguments: Sequence[str]) -> int:
     return 0 if good else EXIT_USAGE
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "check": check}
+def doctor(arguments: Sequence[str]) -> int:
+    """`doctor`: what this host, container and user can enforce, by really trying; 1 where a demand would not be met."""
+    from openshell_supervisor.doctor.command import doctor as examine
+
+    return examine(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "check": check, "doctor": doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

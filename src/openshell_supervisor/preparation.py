@@ -48,8 +48,14 @@ def make_telemetry(settings: Settings) -> Telemetry:
 
 
 @contextlib.asynccontextmanager
-async def prepared(settings: Settings, telemetry: Telemetry, begun: int | None) -> AsyncIterator[Sandbox]:
-    """Everything that can fail before the host is touched, in that order; the run directory is removed at the end."""
+async def prepared(
+    settings: Settings, telemetry: Telemetry, begun: int | None, *, attached: bool = True
+) -> AsyncIterator[Sandbox]:
+    """Everything that can fail before the host is touched, in that order; the run directory is removed at the end.
+
+    `begun` is where a certificate authority begun earlier arrives, None to make it here. Not `attached`: no terminal is taken,
+    because no workload will want one.
+    """
     hardening.harden()
     hardening.scrub_environment(environ.WITHHELD)
     for given in settings.without_effect:
@@ -69,7 +75,8 @@ async def prepared(settings: Settings, telemetry: Telemetry, begun: int | None) 
         stack.callback(reaper.uninstall)
         directory = rundir.create(settings.run_dir, os.environ)
         stack.callback(rundir.remove, directory)
-        terminal = stack.enter_context(Terminal()) if settings.tty or (os.isatty(0) and os.isatty(1)) else None
+        interactive = attached and (settings.tty or (os.isatty(0) and os.isatty(1)))
+        terminal = stack.enter_context(Terminal()) if interactive else None
         launchers = [start_launcher(reaper, terminal)]
         stack.callback(_discard_all, launchers)
         authority = asyncio.create_task(asyncio.to_thread(finish, begun))

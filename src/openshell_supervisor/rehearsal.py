@@ -6,9 +6,12 @@ rung instead of down to the first that holds.
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from openshell_supervisor.ascent import own_calls, state, take
 from openshell_supervisor.enforcement import Enforcement, Layer, State, Statement
@@ -41,11 +44,24 @@ async def rehearse(settings: Settings, rungs: Sequence[str] = RUNGS) -> tuple[Re
     The supervisor's own filter comes last, and stays: it takes from this process what the rungs need, so call this once.
     """
     tried = []
-    async with prepared(settings, Telemetry(Context()), None) as sandbox:
-        for rung in rungs:
-            tried.append(await _one(sandbox, rung))
-        own = _own_calls(sandbox)
+    with _own_directory(settings) as elsewhere:
+        async with prepared(elsewhere, Telemetry(Context()), None, attached=False) as sandbox:
+            for rung in rungs:
+                tried.append(await _one(sandbox, rung))
+            own = _own_calls(sandbox)
     return tuple(_with(one, own) for one in tried)
+
+
+@contextlib.contextmanager
+def _own_directory(settings: Settings) -> Iterator[Settings]:
+    """The settings with a run directory that is gone afterwards, where that can be had: a rehearsal leaves nothing behind."""
+    with contextlib.ExitStack() as stack:
+        if settings.run_dir is None:
+            with contextlib.suppress(OSError):  # then the run's own places are tried, and said
+                place = stack.enter_context(tempfile.TemporaryDirectory(prefix="openshell-rehearsal-"))
+                settings = replace(settings, run_dir=Path(place), without_effect=())
+                Path(place).chmod(0o755)  # the workload's user reads in there
+        yield settings
 
 
 async def _one(sandbox: Sandbox, rung: str) -> Rehearsal:

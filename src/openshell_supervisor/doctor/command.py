@@ -13,8 +13,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from openshell_supervisor.doctor.report import Report
 from openshell_supervisor.errors import SupervisorError
 from openshell_supervisor.preparation import POLICY_ON_DISK
 from openshell_supervisor.settings import Settings
+from openshell_supervisor.telemetry.plain_log import configure_plain_logging
 
 if TYPE_CHECKING:
     from openshell_supervisor.rehearsal import Rehearsal
@@ -53,13 +54,16 @@ def doctor(arguments: Sequence[str]) -> int:
         sys.stdout.write(HELP)
         return 0
     environment, notes = _environment(options)
-    settings = replace(settings_room.read(options, environment), status_file=None, ocsf_file=None)
-    tries = Tries()
-    found, rehearsed = asyncio.run(_examine(settings, environment, tries))
+    settings = _without_a_workload(settings_room.read(options, environment))
+    view = View(Files().remember("/proc/self/status"), environment, rights.limits(), Tries())
+    configure_plain_logging("error")  # what the rehearsal meets is in its statements
+    with _nobody_types(), _as_it_was(surroundings.run_directories(environment, settings.run_dir)):
+        found, rehearsed = asyncio.run(_examine(settings, view))
     rungs = outcome.rungs(rehearsed)
-    mode = outcome.choose(settings.network_mode, rungs, egress=settings.egress)
+    mode = outcome.choose(settings, rungs, settings.network_mode)
     demand = outcome.demand(settings.require, mode)
-    report = Report((*found, *notes), rungs, outcome.choose("auto", rungs), mode, demand, time.monotonic() - began)
+    auto = outcome.choose(settings, rungs, "auto")
+    report = Report((*found, *notes), rungs, auto, mode, demand, time.monotonic() - began)
     _print(report, as_json=as_json)
     return 0 if demand.met else 1
 
@@ -83,33 +87,71 @@ def _environment(options: Sequence[str]) -> tuple[dict[str, str], list[Check]]:
     return environment, [info("policy.gateway", "OPENSHELL_ENDPOINT is set: the doctor asks no gateway for its policy")]
 
 
-async def _examine(
-    settings: Settings, environment: Mapping[str, str], tries: Tries
-) -> tuple[list[Check], tuple[Rehearsal, ...]]:
+def _without_a_workload(settings: Settings) -> Settings:
+    """The same start, but nothing is written, no terminal is made, and what has no effect goes without saying."""
+    return replace(settings, status_file=None, ocsf_file=None, tty=False, without_effect=())
+
+
+@contextlib.contextmanager
+def _nobody_types() -> Iterator[None]:
+    """Standard input from nowhere: what a person types meanwhile is for the shell, not for a workload's terminal."""
+    kept, nowhere = os.dup(0), os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, 0)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _as_it_was(candidates: Sequence[Path]) -> Iterator[None]:
+    """Take away what the rehearsal's run directory was made in, where there was nothing before and nobody uses it by now."""
+    absent = [path for path in candidates if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in absent:
+            with contextlib.suppress(OSError):  # never made, or another run has its directory in it
+                path.rmdir()
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The host as it was before the rehearsal began, and the process that tries things beside it."""
+
+    files: Files
+    environment: Mapping[str, str]
+    limits: rights.Limits
+    tries: Tries
+
+
+async def _examine(settings: Settings, view: View) -> tuple[list[Check], tuple[Rehearsal, ...]]:
     """The host's checks and the rehearsal, at the same time."""
-    looking = asyncio.create_task(asyncio.to_thread(_look, settings, environment, tries))
+    looking = asyncio.create_task(asyncio.to_thread(_look, settings, view))
     refusal: list[Check] = []
     rehearsed: tuple[Rehearsal, ...] = ()
     try:
         from openshell_supervisor.rehearsal import rehearse
 
-        rehearsed = await rehearse(settings)
+        rehearsed = await rehearse(settings, outcome.wanted(settings))
     except SupervisorError as error:
         hint = error.hint or "a run with these settings ends with the same error"
         refusal.append(failed("rehearsal", Severity.HIGH, error.message, hint, code=error.code))
     return [*await looking, *refusal], rehearsed
 
 
-def _look(settings: Settings, environment: Mapping[str, str], tries: Tries) -> list[Check]:
+def _look(settings: Settings, view: View) -> list[Check]:
     """Every check of the host, in the order of the report; for a thread."""
-    files = Files()
+    files, environment = view.files, view.environment
     before = [*software.checks(), *asked.checks(_policy_file(settings))]
-    outcomes = tries.outcomes()
+    outcomes = view.tries.outcomes()
     return [
         *runtime.checks(files, environment, outcomes),
         *kernel.checks(files, outcomes),
         *namespaces.checks(files, outcomes),
-        *rights.checks(files, outcomes),
+        *rights.checks(files, outcomes, view.limits),
         *surroundings.checks(files, environment, settings.run_dir, pid_limit_required=settings.require_pid_limit),
         *before,
     ]

@@ -20,11 +20,18 @@ LABELS = ("/proc/self/attr/apparmor/current", "/proc/self/attr/current")
 def checks(files: Files, tries: Mapping[str, Outcome]) -> list[Check]:
     """Everything about namespaces."""
     user, network = tries["user_namespace"], tries["network_namespace"]
+    user_alone = user.facts.get("user_alone") is True
     return [
         _user(files, user),
-        _limit(files, "userns.limit", USER_LIMIT, user),
+        _limit(files, "userns.limit", USER_LIMIT, reached=_reached(user) and not user_alone, made=_made(user)),
         _network(files, network, user),
-        _limit(files, "netns.limit", NETWORK_LIMIT, network if _made(network) else user),
+        _limit(
+            files,
+            "netns.limit",
+            NETWORK_LIMIT,
+            reached=_reached(network) or (_reached(user) and user_alone),
+            made=_made(network) or _made(user),
+        ),
         _label(files),
         _mount(tries["mount"]),
         _fence(network, user),
@@ -52,6 +59,7 @@ def _user(files: Files, outcome: Outcome) -> Check:
 def _why_no_user_namespace(files: Files, step: Step) -> str:
     """How to mend it, by what the host says about itself."""
     if files.number(USER_LIMIT) == 0 or step.errno == "ENOSPC":
+        # The limit of network namespaces answers the same; its own check tells the two apart.
         return "on the node: sysctl -w user.max_user_namespaces=15000 (0 means none; each user has a count of its own)"
     if files.number(CLONE_SWITCH) == 0:
         return "on the node: sysctl -w kernel.unprivileged_userns_clone=1"
@@ -65,21 +73,24 @@ def _why_no_user_namespace(files: Files, step: Step) -> str:
     return f"{PROFILE_HINT}; a chroot refuses as well (unshare(2))"
 
 
-def _limit(files: Files, name: str, path: str, outcome: Outcome) -> Check:
+def _reached(outcome: Outcome) -> bool:
+    """Did the kernel say that there are as many as there may be?"""
+    return outcome.refused is not None and outcome.refused.errno == "ENOSPC"
+
+
+def _limit(files: Files, name: str, path: str, *, reached: bool, made: bool) -> Check:
     number, what = files.number(path), path.removeprefix("/proc/sys/").replace("/", ".")
     facts: dict[str, object] = {"limit": number}
     if name == "userns.limit":
         facts |= {path.rpartition("/")[2]: files.number(path) for path in (CLONE_SWITCH, APPARMOR_SWITCH)}
     if number is None:
-        if _made(outcome):
+        if made:
             return info(name, f"{what} cannot be read; namespaces can be made", **facts)
         return inconclusive(name, f"{what} cannot be read", "gVisor and kernels before 4.9 have no such limit", **facts)
     if number == 0:
         return failed(name, Severity.HIGH, f"{what} is 0", f"on the node: sysctl -w {what}=15000", **facts)
-    if outcome.refused is not None and outcome.refused.errno == "ENOSPC":
-        hint = (
-            f"raise it on the node: sysctl -w {what}={number * 2}; in nested namespaces an outer one has its own limit"
-        )
+    if reached:
+        hint = f"on the node: sysctl -w {what}=N with a larger N; of nested namespaces each level has its own"
         return failed(name, Severity.HIGH, f"{what} is {number} and reached", hint, **facts, errno="ENOSPC")
     return info(name, f"{what} is {number}", **facts)
 
@@ -140,7 +151,11 @@ def _fence(*outcomes: Outcome) -> Check:
         return inconclusive(name, "no namespace to try nftables in", hint)
     step, outcome = found
     if not step.worked:
-        hint = "on the node: modprobe nf_tables nft_reject nft_ct nft_limit (the rung veth needs it, loopback does not)"
+        hint = (
+            f"{PROFILE_HINT} (netlink sockets)"
+            if step.errno in ("EPERM", "EACCES")
+            else "on the node: modprobe nf_tables nft_reject nft_ct nft_limit"
+        ) + "; the rung veth needs it, loopback does not"
         return failed(name, Severity.MEDIUM, f"the fence is refused: {step.brief()}", hint, errno=step.errno)
     left_out = dict(outcome.facts.get("left_out", {}))
     if left_out:
@@ -158,5 +173,5 @@ def _log(*outcomes: Outcome) -> Check:
     step, _ = found
     if step.worked:
         return ok(name, "attempts to get out past the fence can be heard (NFLOG)")
-    hint = "on the node: modprobe nfnetlink_log"
+    hint = PROFILE_HINT if step.errno in ("EPERM", "EACCES") else "on the node: modprobe nfnetlink_log"
     return warning(name, Severity.LOW, f"attempts are refused but not reported: {step.brief()}", hint, errno=step.errno)

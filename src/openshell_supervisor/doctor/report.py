@@ -14,6 +14,7 @@ from openshell_supervisor.doctor.outcome import Choice, Demand, Rung
 FORMAT = 1  # of the JSON; a key that changes its meaning makes it 2
 COLOURS = {
     "ok": "32",
+    "works": "32",
     "enforced": "32",
     "external": "36",
     "warning": "33",

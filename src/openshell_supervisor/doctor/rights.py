@@ -22,10 +22,21 @@ CAPABILITIES = (
 # Each connection through the proxy holds two descriptors, and up to four more in a pipe; a few hundred connections are usual.
 OPEN_FILES = 4096
 
+type Limits = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
-def checks(files: Files, tries: Mapping[str, Outcome]) -> list[Check]:
-    """Everything about this process's own rights."""
-    return [_capabilities(files), _identity(tries["identity"]), *_limits()]
+
+def limits() -> Limits:
+    """(soft, hard) of open files, of the address space and of core files, as they are now (getrlimit(2))."""
+    return (
+        resource.getrlimit(resource.RLIMIT_NOFILE),
+        resource.getrlimit(resource.RLIMIT_AS),
+        resource.getrlimit(resource.RLIMIT_CORE),
+    )
+
+
+def checks(files: Files, tries: Mapping[str, Outcome], limits: Limits) -> list[Check]:
+    """Everything about this process's own rights; `limits` as they were before anything of ours changed them."""
+    return [_capabilities(files), _identity(tries["identity"]), *_limits(limits)]
 
 
 def names(mask: str) -> list[str]:
@@ -68,10 +79,8 @@ def _identity(outcome: Outcome) -> Check:
     )
 
 
-def _limits() -> list[Check]:
-    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+def _limits(limits: Limits) -> list[Check]:
+    (_, files), (space, _), (soft, hard) = limits
     enough = files == resource.RLIM_INFINITY or files >= OPEN_FILES
     found = [
         ok("limits.open_files", f"up to {_size(files)} open files", limit=_number(files))

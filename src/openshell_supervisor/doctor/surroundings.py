@@ -64,16 +64,20 @@ def _proc(mounted: list[Mount]) -> Check:
 
 def _run_directory(environment: Mapping[str, str], chosen: Path | None) -> Check:
     """Where a run could have its directory, in the order in which it looks; tried with files that have no name."""
-    runtime = environment.get("XDG_RUNTIME_DIR")
-    own = [Path(runtime, "openshell")] if runtime and os.geteuid() != 0 else []
-    candidates = [chosen] if chosen else [Path("/run/openshell"), *own, Path(tempfile.gettempdir())]
-    tried = {str(path): _writable(path) for path in candidates}
+    tried = {str(path): _writable(path) for path in run_directories(environment, chosen)}
     usable = [path for path, why in tried.items() if not why]
     if not usable:
         hint = "mount a tmpfs (--tmpfs /run/openshell; Kubernetes: an emptyDir) or name a directory with --run-dir"
         summary = "no directory for a run: " + "; ".join(f"{path}: {why}" for path, why in tried.items())
         return failed("mounts.run_directory", Severity.HIGH, summary, hint, tried=tried)
     return ok("mounts.run_directory", f"a run can have its directory in {usable[0]}", tried=tried)
+
+
+def run_directories(environment: Mapping[str, str], chosen: Path | None) -> list[Path]:
+    """The candidates, in the order in which a run tries them (`rundir.create`)."""
+    runtime = environment.get("XDG_RUNTIME_DIR")
+    own = [Path(runtime, "openshell")] if runtime and os.geteuid() != 0 else []
+    return [chosen] if chosen else [Path("/run/openshell"), *own, Path(tempfile.gettempdir())]
 
 
 def _writable(path: Path) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from openshell_supervisor.confine.launcher import mounts, place, privileges
 from openshell_supervisor.confine.launcher.kernel import (
     CLONE_NEWNET,
+    CLONE_NEWUSER,
     PR_SET_NO_NEW_PRIVS,
     PR_SET_PDEATHSIG,
     StepError,
@@ -96,8 +97,13 @@ class Diary:
 
 def try_user_namespace(diary: Diary) -> None:
     """A user namespace with a network namespace in it, as the loopback rung makes it; then the fence and a private mount."""
-    with diary.step("unshare(CLONE_NEWUSER|CLONE_NEWNET)"):
-        place.make_user_namespace({"uid": os.geteuid(), "gid": os.getegid(), "groups": None})
+    try:
+        with diary.step("unshare(CLONE_NEWUSER|CLONE_NEWNET)"):
+            place.make_user_namespace({"uid": os.geteuid(), "gid": os.getegid(), "groups": None})
+    except OSError:
+        # Which of the two was it? Each has a limit of its own, and both answer ENOSPC.
+        diary.write("fact", "user_alone", libc.unshare(CLONE_NEWUSER) == 0)
+        raise
     with diary.step("raise lo"):
         place.raise_loopback()
     _fence(diary)

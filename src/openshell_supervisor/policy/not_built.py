@@ -1,7 +1,6 @@
 """Which parts of a policy are read and not yet enforced. A part that is not built is named here, never passed over.
 
-`not_built` is what the supervisor warns of at start; `refusals` is what it must not start with. Entries leave this file
-when their part is built.
+The supervisor warns of each at start. Entries leave this file when their part is built.
 """
 
 from __future__ import annotations
@@ -24,12 +23,6 @@ def not_built(policy: SandboxPolicy) -> tuple[Problem, ...]:
         for index, endpoint in enumerate(rule.endpoints)
         for problem in _endpoint(endpoint, f"{child('network_policies', key)}.endpoints[{index}]")
     )
-
-
-def refusals(policy: SandboxPolicy) -> tuple[Problem, ...]:
-    """What is asked for as a hard requirement and not built: the sandbox must not start. There is no such part now."""
-    del policy
-    return ()
 
 
 def _sections(policy: SandboxPolicy) -> Iterator[Problem]:

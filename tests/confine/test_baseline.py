@@ -155,6 +155,7 @@ def test_the_root_directory_is_never_writable(listed: str) -> None:
         Image().rules((), (listed,)),
         Image().rules(include_workdir=True, workdir=listed),
         Image().rules(include_workdir=True, standing_in=listed),
+        Image(()).rules(include_workdir=True, standing_in=listed),
     ):
         assert "/" not in made.read_write
         assert len(made.notes) == 1
@@ -267,7 +268,7 @@ NVIDIA = (
     "/dev/nvidia",
     "/dev/nvidia-caps",
     "/dev/nvidia0x",
-    "/dev/nvidia²",
+    "/dev/nvidia٣",
     "/run/nvidia-persistenced",
 )
 

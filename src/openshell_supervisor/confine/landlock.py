@@ -248,7 +248,8 @@ def _add_path(fd: int, path: str, rights: int, on_files: int, writable: bool) ->
     """Open, look at the very object that was opened (so no swap in between counts), mask by its kind, add.
 
     Raises OSError, or ValueError for a path that is relative, holds a NUL, or would make everything writable: under whatever
-    name, as a symbolic link to / for example, which the policy's own check of its text cannot see.
+    name, as a symbolic link to / for example, which the policy's own check of its text cannot see. `ConfineError` when no path
+    can be added at all.
     """
     if not path.startswith("/"):
         raise ValueError("path is not absolute")
@@ -260,6 +261,10 @@ def _add_path(fd: int, path: str, rights: int, on_files: int, writable: bool) ->
         elif writable and os.path.samestat(status, os.stat("/")):
             raise ValueError("path is the root directory")
         kernel.add_path(fd, descriptor, rights)
+    except OSError as error:
+        if error.errno in kernel.HINTS:  # not this path's fault: a filter around us forbids the call itself
+            _failed("landlock_add_rule", error)
+        raise
     finally:
         os.close(descriptor)
 
@@ -288,10 +293,15 @@ def _path_unavailable(path: str, reason: str, number: int | None, error: Excepti
 
 def _failed(step: str, error: OSError) -> NoReturn:
     nothing = error.errno == errno_module.ENOMSG
+    hint = (
+        "ask for paths, ports or scopes that this kernel's Landlock knows"
+        if nothing
+        else kernel.HINTS.get(error.errno or 0, "")
+    )
     raise ConfineError(
         f"Landlock: {step} failed: {'there is nothing to restrict' if nothing else error.strerror}",
         code="landlock_build_failed",
         step=step,
         errno=error.errno,
-        hint="ask for paths, ports or scopes that this kernel's Landlock knows" if nothing else "",
+        hint=hint,
     ) from error

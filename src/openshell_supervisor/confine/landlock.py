@@ -17,7 +17,7 @@ import functools
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, NoReturn
 
@@ -87,7 +87,7 @@ class Ruleset:
     restrict_flags: int
     missing_rights: tuple[str, ...]
     applied: int = 0
-    skipped: tuple[Skipped, ...] = field(default=())
+    skipped: tuple[Skipped, ...] = ()
 
     def close(self) -> None:
         """Give the descriptor back; more than once does no harm."""

@@ -62,7 +62,9 @@ def network(
         return Enforcement(Layer.NETWORK, State.OFF, reason, asked=False, detail=detail)
     if rung == "observed":
         errno = next((f.errno for f in reversed(failures) if f.errno), None)
-        why = "no boundary could be built: " + "; ".join(f.brief() for f in failures) if failures else "no boundary here"
+        why = (
+            "no boundary could be built: " + "; ".join(f.brief() for f in failures) if failures else "no boundary here"
+        )
         reason = f"verdicts are only logged, {why}"
         return Enforcement(Layer.NETWORK, State.DEGRADED, reason, errno=errno, detail=detail)
     if egress == "observe":

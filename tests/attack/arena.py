@@ -191,7 +191,9 @@ def start(rung: str, directory: pathlib.Path, command: Sequence[str], *options: 
     import product
 
     policy = POLICY.format(uid=UID) if not rung.endswith("own user") else product.DENY_ALL
-    line = product.argv(directory, policy, command, ["--network-mode", "isolated", *options])
+    # The namespaces alone are what is attacked here: file rules and filters would hide what they let through.
+    alone = ["--declare-external", "filesystem,syscalls"]
+    line = product.argv(directory, policy, command, ["--network-mode", "isolated", *alone, *options])
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     return subprocess.Popen(RUNGS[rung](line), text=True, cwd="/", **pipes)
 

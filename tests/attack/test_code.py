@@ -128,7 +128,9 @@ def owned(home: pathlib.Path, how: str) -> tuple[str | None, str, str]:
         port = str(witness.getsockname()[1])
         prepare(home, port)
         attacker = [sys.executable, "-I", str(home.parent / "attacker.py"), str(home), port, how]
-        product = [sys.executable, "-m", "openshell_supervisor", "run", "--network-mode", "isolated", "--", *attacker]
+        product = [sys.executable, "-m", "openshell_supervisor", "run", "--network-mode", "isolated"]
+        # The network's own defence is what is tried here; file rules would be a second one.
+        product += ["--declare-external", "filesystem,syscalls", "--", *attacker]
         argv = hosts.unprivileged(product, uid=arena.UID, home=home)
         done = subprocess.run(
             argv, cwd="/", env=environment, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL

@@ -39,18 +39,21 @@ def limited(argv: list[str]) -> list[str]:
     )
 
 
+@pytest.mark.parametrize("filtered", [False, True], ids=["bare", "filtered"])
 @pytest.mark.parametrize(
     "options", [["--network-mode", "auto"], ["--network-mode", "isolated"], ["--require", "network"]], ids=" ".join
 )
-def test_a_used_up_limit_is_not_passed_over(open_tmp: pathlib.Path, options: list[str]) -> None:
-    """A hoarder of namespaces leaves none for the next sandbox of its user: `auto` says loudly that it only observes (choose
-    `isolated` or `--require network` where that must not be), the others start nothing."""
+def test_a_used_up_limit_is_not_passed_over(open_tmp: pathlib.Path, options: list[str], filtered: bool) -> None:
+    """A hoarder of namespaces gets none under the workload's filters. Without them it leaves none for the next sandbox of its
+    user: `auto` says loudly that it only observes, `isolated` and `--require network` start nothing."""
     open_tmp.chmod(0o777)
     first, second = open_tmp / "first", open_tmp / "second"
     for place in (first, second):
         place.mkdir()
         place.chmod(0o777)
-    hoard = product.argv(first, product.DENY_ALL, [sys.executable, "-I", "-c", HOARDER], ["--network-mode", "isolated"])
+    filters = [] if filtered else ["--declare-external", "syscalls"]
+    hoarding = [sys.executable, "-I", "-c", HOARDER]
+    hoard = product.argv(first, product.DENY_ALL, hoarding, ["--network-mode", "isolated", *filters])
     follow = product.argv(second, product.DENY_ALL, ["echo", "STARTED"], options)
     script = f"""
 import subprocess, sys
@@ -64,6 +67,10 @@ print(line); print(done.stdout); print(done.stderr); sys.exit(done.returncode)
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, cwd="/", stdin=subprocess.DEVNULL)
     word, won = done.stdout.split()[:2]
     assert word == "up"
+    if filtered:
+        assert int(won) == 0
+        assert done.returncode == 0, done.stdout
+        return
     assert 0 < int(won) < LIMIT, "the hoarder met no limit: the test shows nothing"
     if options[-1] == "auto":
         assert "CONFIG:DEGRADED [MED]" in done.stdout

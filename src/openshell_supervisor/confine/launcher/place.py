@@ -82,6 +82,7 @@ def make_user_namespace(identity: Request) -> list[list[object]]:
     uid, gid = os.geteuid(), os.getegid()
     # setresuid made the process non-dumpable, which gives its /proc files to root: the maps could not be written (proc(5)).
     prctl("dumpable", PR_SET_DUMPABLE, 1)
+    held = os.getgroups()
     call("unshare(CLONE_NEWUSER|CLONE_NEWNET)", libc.unshare, CLONE_NEWUSER | CLONE_NEWNET)
     outcome: list[object] = ["userns", None, None]
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
@@ -92,15 +93,17 @@ def make_user_namespace(identity: Request) -> list[list[object]]:
                 raise StepError(f"write {name}", error.errno or 0) from None
             privileges.unmapped.append(os.geteuid())
             outcome = ["userns", "write uid_map", error.errno]
+    privileges.remember_groups(identity["groups"], held)
     return [outcome]
 
 
 def raise_loopback() -> None:
-    """Set lo up; the kernel then gives it 127.0.0.1/8 and ::1 (netdevice(7))."""
+    """Set lo up; the kernel then gives it 127.0.0.1/8 and ::1 (netdevice(7)). gVisor's is up from the start, and cannot be set."""
     with step("raise lo"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         name = b"lo"
         flags = struct.unpack(IFREQ_FLAGS, fcntl.ioctl(handle, SIOCGIFFLAGS, struct.pack(IFREQ_FLAGS, name, 0)))[1]
-        fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack(IFREQ_FLAGS, name, flags | IFF_UP))
+        if not flags & IFF_UP:
+            fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack(IFREQ_FLAGS, name, flags | IFF_UP))
 
 
 def listen(port: int, backlog: int) -> int:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from openshell_supervisor.confine.launcher.kernel import Request
 
 unmapped: list[int] = []  # the overflow uid that the kernel shows once uid 0 lives unmapped in a user namespace
+# What the kernel shows of groups that were taken before a user namespace which does not map them: the overflow gid, once each.
+shown_groups: list[list[int]] = []
 
 
 def take_identity(identity: Request) -> None:
@@ -35,7 +37,7 @@ def take_identity(identity: Request) -> None:
     Order and reason: groups before the user, because a user without CAP_SETGID cannot change them (credentials(7)).
     """
     uid, gid, groups = identity["uid"], identity["gid"], identity["groups"]
-    if groups is not None and sorted(os.getgroups()) != sorted(groups):
+    if groups is not None and not fits(os.getgroups(), groups):
         with step("setgroups"):
             os.setgroups(groups)
     if os.getresgid() != (gid,) * 3:
@@ -46,6 +48,19 @@ def take_identity(identity: Request) -> None:
             give_up_for_good()
         with step("setresuid"):
             os.setresuid(uid, uid, uid)
+
+
+def fits(held: list[int], groups: list[int]) -> bool:
+    """Are these the promised groups, as far as this user namespace shows them?"""
+    return sorted(held) == sorted(shown_groups[0] if shown_groups else groups)
+
+
+def remember_groups(groups: list[int] | None, held: list[int]) -> None:
+    """For a namespace just entered that does not map them: `held` was verified before, what is shown now stands for it."""
+    if groups is not None:
+        if sorted(held) != sorted(groups):
+            raise StepError("verify groups", 0, f"groups are {held}, promised {groups}")
+        shown_groups.append(os.getgroups())
 
 
 def give_up_for_good() -> bool:
@@ -83,7 +98,7 @@ def verify(identity: Request, bounded: bool, facts: dict[str, list[str]]) -> dic
     if facts["Uid"] != [uid] * 4 or facts["Gid"] != [gid] * 4:
         raise StepError("verify identity", 0, f"running as {facts['Uid']}:{facts['Gid']}, promised {uid}:{gid}")
     wanted = identity["groups"]
-    if wanted is not None and sorted(map(int, facts["Groups"])) != sorted(wanted):
+    if wanted is not None and not fits([int(group) for group in facts["Groups"]], wanted):
         raise StepError("verify groups", 0, f"groups are {facts['Groups']}, promised {wanted}")
     if any(int(facts[name][0], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")):
         raise StepError("verify capabilities", 0, "a capability set is not empty")
@@ -100,7 +115,7 @@ def verify(identity: Request, bounded: bool, facts: dict[str, list[str]]) -> dic
     return {
         "uid": int(uid),
         "gid": int(gid),
-        "groups": [int(group) for group in facts["Groups"]],
+        "groups": [int(group) for group in facts["Groups"]] if wanted is None else sorted(wanted),
         "capabilities": 0,
         "bounding_set_empty": bounded and int(facts["CapBnd"][0], 16) == 0,
         "no_new_privs": True,

@@ -15,6 +15,10 @@ from typing import Any
 import filtered
 import pytest
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "e2e"))  # so that `import product` works
+
+import product
+
 import hosts
 from openshell_supervisor.confine import seccomp
 from openshell_supervisor.confine.seccomp import FilterOptions
@@ -102,3 +106,68 @@ def test_without_filters_all_of_it_is_there(wrap: Any, program: list[str]) -> No
     if answer:
         assert errno.EPERM not in answer.values()
         assert answer.items() >= (ALL | ALWAYS_ALLOWED | {"AF_PACKET": 0}).items()
+
+
+# S3-01: what each value of the variable means.
+VALUES = {None: REFUSED, "": REFUSED, "0": REFUSED, "no": REFUSED, "on": REFUSED, "routes": REFUSED, "2": REFUSED}
+VALUES |= {"1": ALL, "true": ALL, "yes": ALL, "TRUE": ALL, "Yes": ALL, "route": ROUTE_ONLY, "ROUTE": ROUTE_ONLY}
+VARIABLE = "OPENSHELL_ALLOW_NETLINK_ENUMERATE"
+
+
+def inside(argv: Sequence[str], value: str | None, policy: str = product.DENY_ALL, wrap: Any = None) -> dict[str, Any]:
+    """What the program printed as the product's workload; the layer must be enforced, which the self-probe decides."""
+    ran = product.run(argv, policy=policy, env={} if value is None else {VARIABLE: value}, wrap=wrap)
+    assert ran.code == 0, ran.err
+    assert ran.layer("syscalls")["state"] == "enforced"
+    found: dict[str, Any] = json.loads(ran.out)
+    return found
+
+
+def assert_follows(answer: dict[str, Any], way: dict[str, int]) -> None:
+    """The list of interfaces and the protocols are those of this way, and the other families stay closed."""
+    interfaces = answer.pop("interfaces")
+    assert interfaces == errno.EPERM if way is REFUSED else "lo" in interfaces
+    if answer:
+        assert answer == way | ALWAYS_REFUSED | ALWAYS_ALLOWED
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("program", ["c"], indirect=True)
+def test_the_variable_decides_end_to_end(program: list[str], value: str | None) -> None:
+    """S3-01 to S3-04: off by default and for every other value; 1, true and yes in any case drop the rule; route is finer."""
+    assert_follows(inside(program, value), VALUES[value])
+
+
+@pytest.mark.parametrize("value", [None, "1", "route"])
+@pytest.mark.parametrize("program", ["python", "node"], indirect=True)
+def test_languages_end_to_end(program: list[str], value: str | None) -> None:
+    """S3-05: os.networkInterfaces() and socket.if_nameindex() work opted in, and say EPERM otherwise."""
+    assert_follows(inside(program, value), VALUES[value])
+
+
+@pytest.mark.parametrize("value", [None, "route"])
+@pytest.mark.parametrize("program", ["c"], indirect=True)
+def test_an_unprivileged_supervisor_end_to_end(program: list[str], value: str | None) -> None:
+    """The same where the supervisor is a plain user without capabilities."""
+    assert_follows(inside(program, value, wrap=hosts.unprivileged), VALUES[value])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "way"),
+    [
+        ("true", None, ALL),
+        ("route", None, ROUTE_ONLY),
+        ("false", None, REFUSED),
+        ("true", "", ALL),
+        ("true", "0", REFUSED),
+        ("false", "route", ROUTE_ONLY),
+        ("route", "1", ALL),
+    ],
+)
+@pytest.mark.parametrize("program", ["c"], indirect=True)
+def test_the_policy_may_say_it_and_the_variable_is_stronger(
+    program: list[str], field: str, value: str | None, way: dict[str, int]
+) -> None:
+    """S3-08: `network.allow_netlink`; the variable, when it is set and not empty, decides over it in both directions."""
+    policy = f"{product.DENY_ALL}network: {{allow_netlink: {field}}}\n"
+    assert_follows(inside(program, value, policy), way)

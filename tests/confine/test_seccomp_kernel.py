@@ -271,7 +271,7 @@ from openshell_supervisor.errors import ConfineError
 search = ctypes.util.find_library
 assert "pyseccomp" not in sys.modules
 try:
-    print(len(seccomp.programs(seccomp.FilterOptions()).workload))
+    print(len(seccomp.workload_filters(seccomp.FilterOptions())))
 except ConfineError as error:
     print(error.code, error.step, bool(error.hint))
 assert ctypes.util.find_library is search

@@ -40,7 +40,6 @@ LIBRARY = "libseccomp.so.2"
 RET_ALLOW, RET_ERRNO, RET_KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
 LOAD, JUMP_EQUAL, JUMP_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
 OFFSET_NUMBER, OFFSET_ARCHITECTURE, OFFSET_FIRST_ARGUMENT = 0, 4, 16  # the low word of args[0]; both are little-endian
-MAX_PROGRAM_BYTES = 4096 * 8  # BPF_MAXINSNS, linux/bpf_common.h; it fits a pipe (64 KiB), which is how one is taken out
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +169,7 @@ def _libraries_by_name() -> Iterator[None]:
 
 
 def _taken_out(program: Any) -> bytes:
-    """The program of a libseccomp filter. Raises OSError."""
+    """The program of a libseccomp filter; at most 32 KiB (BPF_MAXINSNS), so a pipe (64 KiB) takes it whole. Raises OSError."""
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as source:
         with os.fdopen(writing, "wb") as sink:

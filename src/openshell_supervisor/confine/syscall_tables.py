@@ -165,7 +165,8 @@ _PROCESSES = (
     Rule(
         "execveat", (Condition(4, AT_EMPTY_PATH, AT_EMPTY_PATH),), (WORD, 0, 0, 0, AT_EMPTY_PATH | 1), "AT_EMPTY_PATH"
     ),
-    # Other processes' memory, descriptors and identity: what a user namespace and the kernel's ptrace check hold too.
+    # Other processes' memory, descriptors and identity: what a user namespace and the kernel's ptrace check hold too. A pidfd
+    # of one's own child (CLONE_PIDFD, which Go asks for) stays: without these calls there is little but waiting to do with it.
     Rule("ptrace", attempt=(0x7FFFFFFF, 0, 0, 0)),
     Rule("process_vm_readv", attempt=(0, 0, 0, 0, 0, 1)),
     Rule("process_vm_writev", attempt=(0, 0, 0, 0, 0, 1)),

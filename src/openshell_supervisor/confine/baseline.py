@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from openshell_supervisor.policy.model import FilesystemPolicy, SandboxPolicy
 
-# The reference's proxy baseline, and the places of programs and libraries where an image has not merged them into /usr.
+# The reference's proxy baseline; the places of programs and libraries where an image has not merged them into /usr; and where
+# runtimes read how much memory and how many processors they have (a JVM that cannot see its cgroup's limit takes the host's
+# memory for its own, and the kernel kills it).
 READ_ONLY = (
     "/usr",
     "/lib",
@@ -27,6 +29,8 @@ READ_ONLY = (
     "/sbin",
     "/lib32",
     "/lib64",
+    "/sys/fs/cgroup",
+    "/sys/devices/system/cpu",
 )
 # Besides /tmp, what shells (null, tty), terminals (ptmx, pts), multiprocessing (shm) and tests (zero, full, random) open.
 READ_WRITE = (

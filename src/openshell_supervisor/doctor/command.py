@@ -57,13 +57,16 @@ def doctor(arguments: Sequence[str]) -> int:
     settings = _without_a_workload(settings_room.read(options, environment))
     view = View(Files().remember("/proc/self/status"), environment, rights.limits(), Tries())
     configure_plain_logging("error")  # what the rehearsal meets is in its statements
+    # Whatever imports comes before the rehearsal or after it: two threads in the imports of one package can block each other.
+    known = [*software.checks(), *asked.checks(_policy_file(settings))]
     with _nobody_types(), _as_it_was(surroundings.run_directories(environment, settings.run_dir)):
         found, rehearsed = asyncio.run(_examine(settings, view))
+    found = [*found, *known, software.openssl(), *notes]
     rungs = outcome.rungs(rehearsed)
     mode = outcome.choose(settings, rungs, settings.network_mode)
     demand = outcome.demand(settings.require, mode)
     auto = outcome.choose(settings, rungs, "auto")
-    report = Report((*found, *notes), rungs, auto, mode, demand, time.monotonic() - began)
+    report = Report(tuple(found), rungs, auto, mode, demand, time.monotonic() - began)
     _print(report, as_json=as_json)
     return 0 if demand.met else 1
 
@@ -143,9 +146,8 @@ async def _examine(settings: Settings, view: View) -> tuple[list[Check], tuple[R
 
 
 def _look(settings: Settings, view: View) -> list[Check]:
-    """Every check of the host, in the order of the report; for a thread."""
+    """Every check of the host, in the order of the report; for a thread, so nothing here imports."""
     files, environment = view.files, view.environment
-    before = [*software.checks(), *asked.checks(_policy_file(settings))]
     outcomes = view.tries.outcomes()
     return [
         *runtime.checks(files, environment, outcomes),
@@ -153,7 +155,6 @@ def _look(settings: Settings, view: View) -> list[Check]:
         *namespaces.checks(files, outcomes),
         *rights.checks(files, outcomes, view.limits),
         *surroundings.checks(files, environment, settings.run_dir, pid_limit_required=settings.require_pid_limit),
-        *before,
     ]
 
 

@@ -14,6 +14,11 @@ CLONE_SWITCH = "/proc/sys/kernel/unprivileged_userns_clone"
 APPARMOR_SWITCH = "/proc/sys/kernel/apparmor_restrict_unprivileged_userns"
 USER_LIMIT = "/proc/sys/user/max_user_namespaces"
 NETWORK_LIMIT = "/proc/sys/user/max_net_namespaces"
+NO_STACK_HINT = (
+    "the new namespace has no network at all: gVisor with --network=host; start runsc with its own stack (--network=sandbox, "
+    "its default), or say with --declare-external network that an outer sandbox owns the layer"
+)
+NO_NETFILTER_HINT = "gVisor and small kernels have no netfilter: take a kernel with it"
 LABELS = ("/proc/self/attr/apparmor/current", "/proc/self/attr/current")
 
 
@@ -70,7 +75,13 @@ def _why_no_user_namespace(files: Files, step: Step) -> str:
         )
     if step.errno in ("EINVAL", "ENOSYS"):
         return "the kernel has no user namespaces (CONFIG_USER_NS): give the container CAP_SYS_ADMIN and CAP_NET_ADMIN"
-    return f"{PROFILE_HINT}; a chroot refuses as well (unshare(2))"
+    if step.errno == "EAFNOSUPPORT":
+        return NO_STACK_HINT
+    if files.fields("/proc/self/status").get("Seccomp") == "0":
+        return (
+            "no seccomp filter lies on this process: a security module (see lsm.label) or a chroot refuses (unshare(2))"
+        )
+    return f"{PROFILE_HINT}; a security module and a chroot refuse as well (unshare(2))"
 
 
 def _reached(outcome: Outcome) -> bool:
@@ -102,17 +113,23 @@ def _network(files: Files, outcome: Outcome, user: Outcome) -> Check:
     step = outcome.refused
     if step is None:
         return inconclusive(name, f"a network namespace: {outcome.why()}", NOT_TRIED)
-    hint = (
-        "--cap-add SYS_ADMIN,NET_ADMIN (Kubernetes: securityContext.capabilities.add) and a seccomp profile with unshare, setns"
-        if step.errno != "ENOSPC"
-        else "on the node: raise user.max_net_namespaces"
+    hint = {
+        "ENOSPC": "on the node: raise user.max_net_namespaces",
+        "EAFNOSUPPORT": NO_STACK_HINT,
+    }.get(
+        step.errno or "",
+        "--cap-add SYS_ADMIN,NET_ADMIN (Kubernetes: securityContext.capabilities.add) and a seccomp profile with unshare, setns",
     )
     facts: dict[str, object] = {"step": step.name, "errno": step.errno}
     if _made(user):
         summary = f"no network namespace by capabilities ({step.brief()}); a user namespace gives one: no rung veth, but loopback"
         return warning(name, Severity.LOW, summary, hint, **facts)
     return failed(
-        name, Severity.HIGH, f"no network namespace: {step.brief()}", f"allow user namespaces, or {hint}", **facts
+        name,
+        Severity.HIGH,
+        f"no network namespace: {step.brief()}",
+        hint if hint is NO_STACK_HINT else f"allow user namespaces, or {hint}",
+        **facts,
     )
 
 
@@ -151,11 +168,10 @@ def _fence(*outcomes: Outcome) -> Check:
         return inconclusive(name, "no namespace to try nftables in", hint)
     step, outcome = found
     if not step.worked:
-        hint = (
-            f"{PROFILE_HINT} (netlink sockets)"
-            if step.errno in ("EPERM", "EACCES")
-            else "on the node: modprobe nf_tables nft_reject nft_ct nft_limit"
-        ) + "; the rung veth needs it, loopback does not"
+        mend = {"EPERM": PROFILE_HINT, "EACCES": PROFILE_HINT, "EPROTONOSUPPORT": NO_NETFILTER_HINT}.get(
+            step.errno or "", "on the node: modprobe nf_tables nft_reject nft_ct nft_limit"
+        )
+        hint = f"{mend}; the rung veth needs it, loopback does not"
         return failed(name, Severity.MEDIUM, f"the fence is refused: {step.brief()}", hint, errno=step.errno)
     left_out = dict(outcome.facts.get("left_out", {}))
     if left_out:
@@ -173,5 +189,7 @@ def _log(*outcomes: Outcome) -> Check:
     step, _ = found
     if step.worked:
         return ok(name, "attempts to get out past the fence can be heard (NFLOG)")
-    hint = PROFILE_HINT if step.errno in ("EPERM", "EACCES") else "on the node: modprobe nfnetlink_log"
+    hint = {"EPERM": PROFILE_HINT, "EACCES": PROFILE_HINT, "EPROTONOSUPPORT": NO_NETFILTER_HINT}.get(
+        step.errno or "", "on the node: modprobe nfnetlink_log"
+    )
     return warning(name, Severity.LOW, f"attempts are refused but not reported: {step.brief()}", hint, errno=step.errno)

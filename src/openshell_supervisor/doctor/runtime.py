@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from openshell_supervisor.doctor.attempt import Outcome
-from openshell_supervisor.doctor.checks import Check, Severity, info, warning
+from openshell_supervisor.doctor.checks import Check, Severity, State, info
 from openshell_supervisor.doctor.files import Files, Mount, mounts
 from openshell_supervisor.doctor.surroundings import at
 
@@ -34,8 +34,9 @@ CGROUPS = (
 # The variable `container` of systemd's container interface; "oci" is what CRI-O and some builders say.
 ANNOUNCED = {"podman": "podman", "docker": "docker", "lxc": "lxc", "systemd-nspawn": "systemd-nspawn"}
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
-# gVisor's Sentry answers these to uname(2), whatever the host is (its pkg/sentry/kernel/version.go and loader).
+# gVisor's Sentry answers a release that ends in "-gvisor"; before 2025 it was this one, whatever the host was.
 GVISOR_RELEASE, GVISOR_VERSION = "4.4.0", "#1 SMP Sun Jan 10 15:06:54 PST 2016"
+GVISOR_FILE = "/proc/sentry-meminfo"
 # ACPI's FADT: the OEM id is at offset 10, six bytes (ACPI specification, 5.2.6); Firecracker writes its own.
 OEM_ID = slice(10, 16)
 
@@ -84,6 +85,8 @@ def _container(files: Files, environment: Mapping[str, str], mounted: list[Mount
     evidence = list(dict.fromkeys(text for _, text in found))
     if name == "podman":
         evidence += _containerenv(files)
+    if not strong:
+        evidence.append("no other fact says so")
     return _named("runtime.container", name, evidence, "")
 
 
@@ -126,23 +129,32 @@ def _kernel(files: Files, environment: Mapping[str, str], log: Outcome) -> Check
     """Linux, or somebody who answers in its place."""
     name = "runtime.kernel"
     release = files.word("/proc/sys/kernel/osrelease") or ""
-    gvisor = []
-    if log.facts.get("gvisor") is True:
-        gvisor.append("the kernel's log says gVisor")
-    version = files.word("/proc/version") or ""
-    if GVISOR_VERSION in version and GVISOR_RELEASE in version:
-        gvisor.append(f"/proc/version says {GVISOR_RELEASE} {GVISOR_VERSION}, whatever the host is")
+    gvisor = _gvisor(files, release, log)
     if gvisor:
         hint = (
-            "gVisor has no Landlock and not every namespace: --declare-external says that it owns a layer, "
-            "OPENSHELL_BEST_EFFORT_FAILURES tolerates what it refuses"
+            "gVisor has no Landlock, and a network namespace is of use only with its own stack (--network=sandbox); "
+            "--declare-external says that it owns a layer, OPENSHELL_BEST_EFFORT_FAILURES tolerates what it refuses"
         )
-        summary = f"gvisor: {'; '.join(gvisor)}"
-        return warning(name, Severity.MEDIUM, summary, hint, name="gvisor", evidence=gvisor)
+        facts = {"name": "gvisor", "evidence": gvisor}
+        return Check(name, State.INFO, Severity.NONE, f"gvisor: {'; '.join(gvisor)}", hint, facts)
     wsl = [text for text, present in _wsl(files, environment, release) if present]
     if wsl and "microsoft" in release.lower():
         return _named(name, "wsl2" if "wsl2" in release.lower() else "wsl", wsl, "")
     return _named(name, "linux", [], "Linux itself: no sign of gVisor or WSL")
+
+
+def _gvisor(files: Files, release: str, log: Outcome) -> list[str]:
+    found = []
+    if release.endswith("-gvisor"):
+        found.append(f"the kernel's release is {release}")
+    version = files.word("/proc/version") or ""
+    if GVISOR_VERSION in version and GVISOR_RELEASE in version:
+        found.append(f"/proc/version says {GVISOR_RELEASE} {GVISOR_VERSION}, as gVisor does everywhere")
+    if files.exists(GVISOR_FILE):
+        found.append(f"{GVISOR_FILE} exists")
+    if log.facts.get("gvisor") is True:
+        found.append("the kernel's log says gVisor")
+    return found
 
 
 def _wsl(files: Files, environment: Mapping[str, str], release: str) -> list[tuple[str, bool]]:

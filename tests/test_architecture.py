@@ -30,7 +30,8 @@ TOP = {"supervisor", "preparation", "sandbox", "inside", "ascent", "rehearsal", 
 ARROWS: dict[str, set[str]] = {
     "enforcement": set(),
     "errors": {"enforcement"},
-    "settings": {"policy.model", "still_to_come"},
+    "settings": {"policy.model", "still_to_come", "named"},
+    "named": set(),
     # The readers of the statement, and the run directory.
     "report": {"telemetry.events"},
     "layers": {"confine", "policy.model"},

@@ -49,10 +49,27 @@ def run(arguments: Sequence[str]) -> NoReturn:
 
     from openshell_supervisor import supervisor
 
-    code = asyncio.Runner().run(supervisor.run(settings, begun))
+    try:
+        code = asyncio.Runner().run(supervisor.run(settings, begun))
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise _host_limit(error) from error
     # Everything of ours is closed. What may still run is the import of the proxy's inspection, in a thread that cannot be
     # cancelled: a workload shorter than that import must not wait for it.
     os._exit(code)
+
+
+def _host_limit(error: BaseException) -> SupervisorError:
+    """What the host refused where nothing of ours expects a refusal: named with its place, and with where to look."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((f for f in reversed(frames) if "openshell_supervisor" in f.filename), frames[-1])
+    return SupervisorError(
+        f"the host ended the run: {type(error).__name__}: {error} (in {Path(place.filename).stem}.{place.name})",
+        code="host_limit",
+        hint="look at the limits of this user and container (ulimit -a: processes, open files, address space), and at the "
+        "runtime's seccomp profile",
+    )
 
 
 def _forget_statement(path: Path | None) -> None:

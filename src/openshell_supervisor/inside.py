@@ -17,7 +17,7 @@ from openshell_supervisor.boundary import probe
 from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.confine.identity import effective_capabilities
 from openshell_supervisor.confine.plan import Plan
-from openshell_supervisor.confine.selfprobe import judge
+from openshell_supervisor.confine.selfprobe import canary, judge
 from openshell_supervisor.confine.separation import (
     Code,
     can_map,
@@ -69,13 +69,16 @@ async def settle(sandbox: Sandbox, boundary: Boundary, child: Child, *, insist: 
         separated = await _separate(boundary, child)
         code = out_of_reach(sandbox.identity) if boundary.isolated else Code()
         plan = await sandbox.plan
-        answer, _ = await child.ask(confine_request(sandbox, code, plan), plan.descriptors())
+        with canary(plan.canary):
+            answer, _ = await child.ask(confine_request(sandbox, code, plan), plan.descriptors())
+            finding = await probe.inspect(boundary, child, nonce, [one.request for one in plan.tries])
         separated = separated and answer["user_namespace"] != user_namespace()
         settled.user_namespace = answer["user_namespace"] if separated else 0
         settled.code_in_reach = bool(code.directories)
         settled.gaps = _gaps(sandbox, child, separated, code, answer)
-        finding = await probe.inspect(boundary, child, nonce, [one.request for one in plan.tries])
-        settled.confined = Confined(answer, judge(plan.tries, finding.tries), probed=settings.self_probe)
+        seen = judge(plan.tries, finding.tries, answer["controls"])
+        walled = separated or answer["landlock"] == 0
+        settled.confined = Confined(answer, seen, settings.self_probe, "" if walled else _exposed(sandbox, child))
         if not finding.tight:
             what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
             raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
@@ -119,6 +122,8 @@ async def _separate(boundary: Boundary, child: Child) -> bool:
 def _gaps(sandbox: Sandbox, child: Child, separated: bool, code: Code, answer: dict[str, Any]) -> tuple[str, ...]:
     """What lets a workload of this identity around its boundary although no packet can: said, never passed over."""
     gaps = []
+    if not sandbox.memory_closed and not separated:
+        gaps.append("the host does not let the supervisor close its own memory to its user (prctl(2), PR_SET_DUMPABLE)")
     if not separated:
         own = frozenset({os.getpid(), child.pid})
         count = len(neighbours(sandbox.identity.uid, own))
@@ -128,6 +133,17 @@ def _gaps(sandbox: Sandbox, child: Child, separated: bool, code: Code, answer: d
     if code.links:
         gaps.append(f"it may point links to the supervisor's code elsewhere ({', '.join(code.links)})")
     return tuple(gaps)
+
+
+def _exposed(sandbox: Sandbox, child: Child) -> str:
+    """Why a workload without user namespace and Landlock domain can act through another process; empty where there is none."""
+    uid = sandbox.identity.uid
+    if uid != os.geteuid() and not neighbours(uid, frozenset({os.getpid(), child.pid})):
+        return ""
+    return (
+        f"other processes of uid {uid} can be made to act for it (/proc/PID/mem): neither a user namespace nor a Landlock "
+        "domain keeps it from them"
+    )
 
 
 def confine_request(sandbox: Sandbox, code: Code, plan: Plan) -> dict[str, Any]:

@@ -5,6 +5,7 @@ One function per layer; `confine.failure` decides what a failure comes to. The s
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,15 +24,19 @@ from openshell_supervisor.policy.model import SandboxPolicy
 # Rights of files that the statement cannot do without: where the kernel does not mediate truncate(2) (before ABI 3), a file
 # that is listed read-only can be emptied (isolation.md 2.1).
 INDISPENSABLE = frozenset(("truncate",))
+# What no Landlock has a right for, up to ABI 7 (landlock(7), "Current limitations"): file modes and owners alone decide it.
+NEVER_MEDIATED = ("chmod", "chown", "utime", "xattr", "stat", "access", "chdir", "pathname sockets")
 
 
 @dataclass(frozen=True, slots=True)
 class Confined:
-    """What the launcher answered when it had confined itself, and what its twin saw of each layer."""
+    """What the launcher answered when it had confined itself, and what its twin saw of each layer. `exposed` says why the
+    workload could act through a process outside of all this; empty where a wall is in between."""
 
     answer: Mapping[str, Any]
     seen: Mapping[Layer, Seen]
     probed: bool = True
+    exposed: str = ""
 
     def of(self, layer: Layer) -> Seen:
         """What was tried of this layer."""
@@ -61,12 +66,12 @@ def network(
         reason = "network mode host was asked for: verdicts are logged, egress is not enforced"
         return Enforcement(Layer.NETWORK, State.OFF, reason, asked=False, detail=detail)
     if rung == "observed":
-        errno = next((f.errno for f in reversed(failures) if f.errno), None)
+        last = next((f.errno for f in reversed(failures) if f.errno), None)
         why = (
             "no boundary could be built: " + "; ".join(f.brief() for f in failures) if failures else "no boundary here"
         )
         reason = f"verdicts are only logged, {why}"
-        return Enforcement(Layer.NETWORK, State.DEGRADED, reason, errno=errno, detail=detail)
+        return Enforcement(Layer.NETWORK, State.DEGRADED, reason, errno=last, detail=detail)
     if egress == "observe":
         reason = f"--egress observe was asked for: rung {rung} leaves only the proxy, which lets denied requests pass"
         return Enforcement(Layer.NETWORK, State.OFF, reason, asked=False, detail=detail)
@@ -96,12 +101,19 @@ def filesystem(plan: Plan, confined: Confined, handler: FailureHandler) -> Enfor
             code="landlock_enforce_failed",
             step="landlock_restrict_self",
             errno=refused,
-            hint="look for a seccomp profile of the container's runtime that refuses landlock_restrict_self",
+            hint="16 Landlock domains at most can be nested: too many lie around this container"
+            if refused == errno.E2BIG
+            else "look for a seccomp profile of the container's runtime that refuses landlock_restrict_self",
         )
         return handler.file_rules_failed(error, hard=plan.hard)
     seen = confined.of(layer)
     word, sentence = landlock.summary(plan.ruleset)
-    detail = {**landlock.detail(plan.ruleset), "extent": word, **_probed(confined, seen)}
+    detail = {
+        **landlock.detail(plan.ruleset),
+        "extent": word,
+        "never_mediated": NEVER_MEDIATED,
+        **_probed(confined, seen),
+    }
     reason = _not_shown(confined, seen, "no place outside of the file rules could be tried")
     if reason:
         return _unproven(layer, reason, detail, hard=plan.hard)
@@ -146,8 +158,20 @@ def syscalls(plan: Plan, confined: Confined, handler: FailureHandler) -> Enforce
     seen = confined.of(layer)
     detail = {"filters": confined.answer["filters_added"], **_probed(confined, seen)}
     reason = _not_shown(confined, seen, "no refused call could be tried")
+    added = confined.answer["filters_added"]
+    if added is not None and added < len(plan.workload_filters):
+        reason = f"the kernel took {len(plan.workload_filters)} filters, and counts {added}"
     if reason:
-        return Enforcement(layer, State.DEGRADED, reason, detail=detail)
+        error = ConfineError(
+            f"the workload's system call filters were installed and do not hold: {reason}",
+            code="workload_seccomp_not_held",
+            step="workload-seccomp",
+            hint="the kernel, or a filter around it, says that it does what it does not do; declare the layer with "
+            "--declare-external syscalls where an outer sandbox owns it, or set OPENSHELL_BEST_EFFORT_FAILURES",
+        )
+        return handler.failed(Subsystem.WORKLOAD_SECCOMP, error)
+    if confined.exposed:
+        return Enforcement(layer, State.DEGRADED, confined.exposed, detail=detail)
     reason = f"{len(plan.workload_filters)} filters" + (
         f", {len(seen.tried)} refused calls tried" if seen.tried else ""
     )
@@ -155,7 +179,10 @@ def syscalls(plan: Plan, confined: Confined, handler: FailureHandler) -> Enforce
 
 
 def privileges(identity: Identity, confined: Confined) -> Enforcement:
-    """From what the launcher verified about itself and its twin could not take back, never from the plan."""
+    """From what the launcher verified about itself and its twin could not take back, never from the plan.
+
+    Raises `ConfineError` for a privilege that the twin took back: that is never tolerated.
+    """
     verified = dict(confined.answer["privileges"])
     seen = confined.of(Layer.PRIVILEGES)
     detail = {**verified, **_probed(confined, seen)}
@@ -163,8 +190,14 @@ def privileges(identity: Identity, confined: Confined) -> Enforcement:
         reason = "the workload keeps uid 0, without capabilities: " + (identity.note or "the supervisor runs as root")
         return Enforcement(Layer.PRIVILEGES, State.DEGRADED, reason, detail=detail)
     if not verified["no_new_privs"] or verified["capabilities"] or seen.breaches:
-        reason = "privileges can be had again: " + (", ".join(seen.breaches) or "capabilities or set-uid programs")
-        return Enforcement(Layer.PRIVILEGES, State.DEGRADED, reason, detail=detail)
+        raise ConfineError(
+            "privileges can be had again: " + (", ".join(seen.breaches) or "capabilities or set-uid programs"),
+            code="privileges_not_held",
+            step="self-probe",
+            hint="the kernel, or a filter around it, says that it dropped what it did not drop",
+        )
+    if confined.exposed:
+        return Enforcement(Layer.PRIVILEGES, State.DEGRADED, confined.exposed, detail=detail)
     reason = f"uid {verified['uid']}, gid {verified['gid']}, no capabilities, no_new_privs; uid 0 cannot be taken again"
     return Enforcement(Layer.PRIVILEGES, State.ENFORCED, reason, detail=detail)
 
@@ -201,4 +234,4 @@ def _not_shown(confined: Confined, seen: Seen, untried: str) -> str:
     """Why a layer is not shown to hold; empty where it is, or where the operator gave up the self-probe."""
     if seen.breaches:
         return "tried from inside, and not refused: " + "; ".join(seen.breaches)
-    return untried if confined.probed and not seen.tried else ""
+    return untried if confined.probed and not seen.evidence else ""

@@ -16,14 +16,15 @@ from openshell_supervisor.confine import identity as identities
 from openshell_supervisor.confine import plan as plans
 from openshell_supervisor.confine.failure import FailureHandler
 from openshell_supervisor.confine.seccomp import workload_filters
+from openshell_supervisor.enforcement import Layer
 from openshell_supervisor.errors import ConfineError
 from openshell_supervisor.policy import yaml_file
 from openshell_supervisor.policy.defaults import default_policy
 from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.policy.not_built import not_built
-from openshell_supervisor.proxy.authority import finish
+from openshell_supervisor.proxy.authority import CertificateAuthority, finish
 from openshell_supervisor.sandbox import Sandbox, start_launcher
-from openshell_supervisor.settings import Settings
+from openshell_supervisor.settings import Settings, believe
 from openshell_supervisor.telemetry.events import Context, Severity, Telemetry
 from openshell_supervisor.telemetry.plain_log import LateLogger
 from openshell_supervisor.telemetry.sinks import ConsoleSink, JsonlSink
@@ -56,13 +57,15 @@ async def prepared(
     `begun` is where a certificate authority begun earlier arrives, None to make it here. Not `attached`: no terminal is taken,
     because no workload will want one.
     """
-    hardening.harden()
+    closed = hardening.harden()
     hardening.scrub_environment(environ.WITHHELD)
     for given in settings.without_effect:
         log.info("without effect", setting=given)
     if settings.status_file is not None:
         report.forget_status(settings.status_file)
     policy = _load_policy(settings, telemetry)
+    if policy.landlock is not None and policy.landlock.hard_requirement:
+        believe(settings, Layer.FILESYSTEM, "the policy (landlock.compatibility: hard_requirement)")
     identity = identities.resolve(_identity_inputs(settings, policy))
     if identity.note:
         telemetry.config("validated", f"Workload identity: {identity.note}", uid=identity.uid, gid=identity.gid)
@@ -80,9 +83,8 @@ async def prepared(
         launchers = [start_launcher(reaper, terminal)]
         stack.callback(_discard_all, launchers)
         authority = asyncio.create_task(asyncio.to_thread(finish, begun))
-        plan = asyncio.create_task(
-            asyncio.to_thread(plans.make, _wishes(settings, policy, directory), workload_filters)
-        )
+        trust = asyncio.create_task(_write_trust(settings, authority, directory))
+        plan = asyncio.create_task(_plan(settings, policy, directory, trust))
         failures = FailureHandler(telemetry, settings.best_effort, settings.external)
         sandbox = Sandbox(
             settings,
@@ -92,29 +94,60 @@ async def prepared(
             identity,
             directory,
             authority,
+            trust,
             plan,
             failures,
             terminal,
             launchers,
             limit,
+            memory_closed=closed,
         )
         try:
             yield sandbox
         finally:
-            (await plan).close()
+            await _forget(plan)
 
 
-def _wishes(settings: Settings, policy: SandboxPolicy, directory: Path) -> plans.Wishes:
+async def _write_trust(
+    settings: Settings, authority: asyncio.Task[CertificateAuthority], directory: Path
+) -> environ.Trust:
+    """The two PEM files, in the run directory or where the driver wants them (contract 5.2)."""
+    files = (await authority).write(settings.tls_dir or directory, extra=settings.upstream_ca)
+    return environ.Trust(files.ca, files.bundle)
+
+
+async def _plan(
+    settings: Settings, policy: SandboxPolicy, directory: Path, trust: asyncio.Task[environ.Trust]
+) -> plans.Plan:
+    """The launcher's plan, once the files exist that its file rules name."""
+    files = await trust
     netlink = settings.netlink
-    return plans.Wishes(
+    wishes = plans.Wishes(
         policy,
         policy.netlink if netlink is None else netlink,
-        (directory,) if settings.tls_dir is None else (directory, settings.tls_dir),
+        directory,
+        readable=(files.certificate, files.bundle),
         workdir=str(settings.workdir.absolute()) if settings.workdir else None,
-        standing_in=os.getcwd(),
+        standing_in=_standing_in(),
         skip=settings.external,
         self_probe=settings.self_probe,
     )
+    return await asyncio.to_thread(plans.make, wishes, workload_filters)
+
+
+async def _forget(plan: asyncio.Task[plans.Plan]) -> None:
+    """Close a plan that was made; one that could not be has been told already."""
+    await asyncio.wait({plan})
+    if not plan.cancelled() and plan.exception() is None:
+        plan.result().close()
+
+
+def _standing_in() -> str:
+    """The directory that the workload starts in without --workdir; "/", which grants nothing, where it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return "/"
 
 
 def _raise_open_files() -> tuple[int, int]:

@@ -57,6 +57,7 @@ def announce(statement: Statement, failures: tuple[RungFailure, ...], telemetry:
             error="; ".join(failure.brief() for failure in failures) or None,
             errno=network.errno,
             probe=worst.step if worst else None,
+            subsystem=str(network.detail["subsystem"]) if "subsystem" in network.detail else None,
         )
     elif statement.egress == "observe":
         telemetry.degraded(statement.requested_mode, effective=statement.effective_mode, egress="observe", asked=True)
@@ -68,7 +69,7 @@ def announce(statement: Statement, failures: tuple[RungFailure, ...], telemetry:
         unmapped={"rung": statement.rung, **{item.layer.value: item.state.value for item in statement.layers}},
     )
     for item in statement.layers:
-        if item.state is State.TOLERATED or (item.state is State.DEGRADED and not _said_already(item, statement)):
+        if item.state in (State.TOLERATED, State.DEGRADED) and not _said_already(item, statement):
             telemetry.config(
                 "degraded",
                 f"Layer {item.layer.value} does not hold",

@@ -16,6 +16,7 @@ from openshell_supervisor.proxy.authority import CertificateAuthority
 from openshell_supervisor.settings import Settings
 from openshell_supervisor.telemetry.events import Telemetry
 from openshell_supervisor.workload.child import Child
+from openshell_supervisor.workload.environ import Trust
 from openshell_supervisor.workload.reaper import Reaper
 from openshell_supervisor.workload.terminal import Terminal
 
@@ -34,11 +35,13 @@ class Sandbox:
     identity: Identity
     directory: Path
     authority: asyncio.Task[CertificateAuthority]
+    trust: asyncio.Task[Trust]
     plan: asyncio.Task[Plan]
     failures: FailureHandler
     terminal: Terminal | None
     launchers: list[Child]
     open_files: tuple[int, int]
+    memory_closed: bool = True
     generation_number: int = 1
     _generation: Generation | None = None
 

@@ -13,15 +13,13 @@ import binascii
 import ipaddress
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from openshell_supervisor import __version__
+from openshell_supervisor import __version__, named
 from openshell_supervisor.enforcement import Layer
 from openshell_supervisor.errors import SettingsError
 from openshell_supervisor.policy.model import Netlink
@@ -44,9 +42,6 @@ DEFAULT_GRACE_SECONDS = 8.0
 MAX_SPEC_BYTES = (
     1024 * 1024
 )  # a command line in a variable; execve(2) allows 128 KiB per string, the encoding adds a third
-
-MAX_FILE_BYTES = 16 * 1024 * 1024  # the policy loader's own limit is lower; a bundle of all public roots has 250 KiB
-MAX_NAME_BYTES = 240  # NAME_MAX is 255 (linux/limits.h); a temporary name beside the file takes the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +75,7 @@ class Settings:
     relaxed_identity: bool = False
     best_effort: bool = False
     external: frozenset[Layer] = frozenset()
+    external_unsure: frozenset[Layer] = frozenset()
     netlink: Netlink | None = None
     self_probe: bool = True
     without_effect: tuple[str, ...] = ()
@@ -173,7 +169,9 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
             )
     _refuse_what_is_to_come(values, environment)
     command, tty = _command(values, environment)
-    policy = _existing_file(values.policy or environment.get("OPENSHELL_POLICY"), "--policy")
+    said = _declared(values.declare_external, "--declare-external")
+    variable = _declared(environment.get("OPENSHELL_DECLARE_EXTERNAL"), "OPENSHELL_DECLARE_EXTERNAL")
+    policy = named.existing_file(values.policy or environment.get("OPENSHELL_POLICY"), "--policy")
     _check_gateway(values, environment, policy)
     settings = Settings(
         command=command,
@@ -184,13 +182,13 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         # Both are demands: a flag adds to what the environment demands, and never takes it back.
         require=_layers(values.require, "--require")
         | _layers(environment.get("OPENSHELL_REQUIRE"), "OPENSHELL_REQUIRE"),
-        status_file=_output(values.status_file or environment.get("OPENSHELL_STATUS_FILE"), "--status-file"),
-        ocsf_file=_output(values.ocsf_file or environment.get("OPENSHELL_OCSF_FILE"), "--ocsf-file"),
-        upstream_ca=_pem(_existing_file(values.upstream_ca, "--upstream-ca")),
+        status_file=named.output(values.status_file or environment.get("OPENSHELL_STATUS_FILE"), "--status-file"),
+        ocsf_file=named.output(values.ocsf_file or environment.get("OPENSHELL_OCSF_FILE"), "--ocsf-file"),
+        upstream_ca=named.pem(named.existing_file(values.upstream_ca, "--upstream-ca")),
         resolve=_pins(values.resolve),
-        run_dir=_path(values.run_dir or environment.get("OPENSHELL_RUN_DIR")),
-        tls_dir=_path(environment.get("OPENSHELL_PROXY_TLS_DIR")),
-        workdir=_directory(values.workdir, "--workdir"),
+        run_dir=named.path(values.run_dir or environment.get("OPENSHELL_RUN_DIR")),
+        tls_dir=named.path(environment.get("OPENSHELL_PROXY_TLS_DIR")),
+        workdir=named.directory(values.workdir, "--workdir"),
         timeout=_seconds(values.timeout, "--timeout"),
         grace=_seconds(values.grace or environment.get("OPENSHELL_GRACE") or str(DEFAULT_GRACE_SECONDS), "--grace"),
         log_level=_log_level(values.log_level, environment),
@@ -205,12 +203,17 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         relaxed_identity=environment.get("OPENSHELL_NETWORK_BINARY_IDENTITY", "").lower()
         in ("relaxed", "disabled", "endpoint-only", "false", "0"),
         best_effort="OPENSHELL_BEST_EFFORT_FAILURES" in environment,  # presence, the empty string too (S2-01)
-        external=_external(values, environment),
+        external=said | variable,
+        external_unsure=variable - said,
         netlink=_netlink(environment.get("OPENSHELL_ALLOW_NETLINK_ENUMERATE", "")),
         self_probe=not values.no_self_probe,
         without_effect=_without_effect(values, environment),
     )
     _cross_check(settings)
+    for layer in _layers(values.require, "--require"):
+        believe(settings, layer, f"--require {layer}")
+    if settings.egress == "enforce":
+        believe(settings, Layer.NETWORK, "--egress enforce")
     return settings
 
 
@@ -219,10 +222,10 @@ def status_file_of(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     before = list(arguments[: list(arguments).index("--")]) if "--" in arguments else list(arguments)
     for index, word in enumerate(before):
         if word.startswith("--status-file="):
-            return _path(word.partition("=")[2])
+            return named.path(word.partition("=")[2])
         if word == "--status-file" and index + 1 < len(before):
-            return _path(before[index + 1])
-    return _path(environment.get("OPENSHELL_STATUS_FILE"))
+            return named.path(before[index + 1])
+    return named.path(environment.get("OPENSHELL_STATUS_FILE"))
 
 
 def _fail(code: str, message: str, hint: str = "") -> SettingsError:
@@ -329,25 +332,28 @@ def _layers(text: str | None, source: str) -> frozenset[Layer]:
     return frozenset(Layer(name) for name in names)
 
 
-def _external(values: argparse.Namespace, environment: Mapping[str, str]) -> frozenset[Layer]:
-    """What the operator says that an outer sandbox owns. An image can bake a variable: it cannot meet what a flag requires."""
-    flag = _layers(values.declare_external, "--declare-external")
-    variable = _layers(environment.get("OPENSHELL_DECLARE_EXTERNAL"), "OPENSHELL_DECLARE_EXTERNAL")
-    refused = sorted((flag | variable) - DECLARABLE)
+def _declared(text: str | None, source: str) -> frozenset[Layer]:
+    """What the operator says that an outer sandbox owns."""
+    layers = _layers(text, source)
+    refused = sorted(layers - DECLARABLE)
     if refused:
         raise _fail(
             "external_refused",
-            f"--declare-external: {refused[0]} cannot be somebody else's job",
+            f"{source}: {refused[0]} cannot be somebody else's job",
             f"declare only {', '.join(sorted(DECLARABLE))}",
         )
-    unsure = sorted((variable - flag) & _layers(values.require, "--require"))
-    if unsure:
+    return layers
+
+
+def believe(settings: Settings, demanded: Layer, by: str) -> None:
+    """Raise `SettingsError` where only a variable, which an image can bake, says that somebody else owns a layer that `by`
+    demands: the demand of a flag, or of the policy."""
+    if demanded in settings.external_unsure:
         raise _fail(
             "external_unsure",
-            f"OPENSHELL_DECLARE_EXTERNAL says {unsure[0]} is owned outside, and --require {unsure[0]} would believe it",
-            f"an image can bake that variable: say it yourself, with --declare-external {unsure[0]}",
+            f"OPENSHELL_DECLARE_EXTERNAL says that {demanded} is owned outside, and {by} demands it",
+            f"an image can bake that variable: say it yourself, with --declare-external {demanded}",
         )
-    return flag | variable
 
 
 def _netlink(text: str) -> Netlink | None:
@@ -378,66 +384,6 @@ def _pins(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
                 "unknown_value", f"--resolve: {address!r} is not an IP address", "names are not resolved here"
             ) from None
     return pins
-
-
-def _path(value: str | None) -> Path | None:
-    return Path(value) if value else None
-
-
-def _existing_file(value: str | None, name: str) -> Path | None:
-    """A file to be read: regular, readable and of a size that nobody writes by hand; never waits for a pipe's other end."""
-    if not value:
-        return None
-    path = Path(value)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        status = os.fstat(descriptor)
-        os.close(descriptor)
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not a path"
-        raise _fail(
-            "unreadable_file", f"{name}: cannot read {value}: {why}", "name a file that this user can read"
-        ) from None
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-        hint = f"name a regular file of at most {MAX_FILE_BYTES >> 20} MiB"
-        raise _fail("unreadable_file", f"{name}: {value} is not a regular file, or too large", hint)
-    return path
-
-
-def _pem(path: Path | None) -> Path | None:
-    if path is not None and b"-----BEGIN CERTIFICATE-----" not in path.read_bytes():
-        raise _fail(
-            "invalid_file",
-            f"--upstream-ca: {path} holds no PEM certificate",
-            "convert it with `openssl x509 -outform PEM`",
-        )
-    return path
-
-
-def _directory(value: str | None, name: str) -> Path | None:
-    if value and not _is_directory(Path(value)):
-        raise _fail("unreadable_file", f"{name}: {value} is not a directory", "create it, or name another")
-    return _path(value)
-
-
-def _is_directory(path: Path) -> bool:
-    try:
-        return stat.S_ISDIR(path.stat().st_mode)
-    except (OSError, ValueError):
-        return False
-
-
-def _output(value: str | None, name: str) -> Path | None:
-    """A file to be written later: its directory must exist and be writable now, so that nothing starts in vain."""
-    if not value:
-        return None
-    path = Path(value)
-    fits = len(os.fsencode(path.name)) <= MAX_NAME_BYTES and "\0" not in value
-    if not fits or _is_directory(path) or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise _fail(
-            "unwritable_file", f"{name}: cannot write {value}", "the directory must exist and be writable by this user"
-        )
-    return path
 
 
 def _seconds(text: str, name: str) -> float:

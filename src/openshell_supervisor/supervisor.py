@@ -150,22 +150,15 @@ async def _warm(proxy: Proxy, sandbox: Sandbox) -> None:
 
 
 def _environment(sandbox: Sandbox, boundary: Boundary) -> dict[str, str]:
+    sandbox.telemetry.config("enabled", "TLS termination enabled: ephemeral CA generated")
     identity = sandbox.identity
     return environ.workload_environment(
         os.environ,
         session=environ.Session(identity.user, identity.home, sandbox.terminal is not None),
         user_variables=sandbox.settings.user_variables,
         proxy_url=boundary.proxy_url,
-        trust=_write_trust(sandbox),
+        trust=sandbox.trust.result(),
     )
-
-
-def _write_trust(sandbox: Sandbox) -> environ.Trust:
-    """The two PEM files, in the run directory or where the driver wants them (contract 5.2)."""
-    settings = sandbox.settings
-    files = sandbox.authority.result().write(settings.tls_dir or sandbox.directory, extra=settings.upstream_ca)
-    sandbox.telemetry.config("enabled", "TLS termination enabled: ephemeral CA generated")
-    return environ.Trust(files.ca, files.bundle)
 
 
 async def _signal_as(sandbox: Sandbox, group: int, number: int) -> None:

@@ -65,7 +65,7 @@ class Image:
             policy or SandboxPolicy(filesystem=section),
             workdir=workdir,
             standing_in=standing_in,
-            run_directories=run,
+            readable=run,
             exists=self.exists,
             names=self.names,
             real=self.real,

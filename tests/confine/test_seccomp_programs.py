@@ -46,7 +46,7 @@ OUR_DENIED = [
     "kcmp", "process_madvise", "memfd_secret", "init_module", "finit_module", "delete_module", "kexec_load",
     "kexec_file_load", "open_by_handle_at",
 ]  # fmt: skip
-CONDITIONAL = {"socket", "socketpair", "clone", "unshare", "execveat", "seccomp", "prctl"}
+CONDITIONAL = {"socket", "socketpair", "clone", "unshare", "execveat", "seccomp", "prctl", "prlimit64"}
 NEWER = {"open_tree_attr": 467}  # Linux 6.15; libseccomp 2.5 does not know it
 
 
@@ -68,6 +68,7 @@ def expected(options: FilterOptions, name: str, arguments: tuple[int, ...]) -> i
         "execveat": lambda: bool(word[4] & 0x1000),
         "seccomp": lambda: word[0] == 1,
         "prctl": lambda: word[0] == 22 and word[1] == 2,
+        "prlimit64": lambda: word[0] != 0,
         "socket": lambda: not socket_allowed(options, *word[:3]),
         "socketpair": lambda: 3 <= word[0] <= 63 and word[0] not in (2, 10, 16),
     }
@@ -139,7 +140,7 @@ def test_every_socket_by_family_type_and_protocol(machine: str, options: FilterO
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_flag_of_the_conditional_calls(machine: str) -> None:
     """Each single bit of the argument that decides, alone and in company, with garbage in the high word and in the others."""
-    deciding = {"clone": 0, "unshare": 0, "execveat": 4, "seccomp": 0, "prctl": 1}
+    deciding = {"clone": 0, "unshare": 0, "execveat": 4, "seccomp": 0, "prctl": 1, "prlimit64": 0}
     company = (0, 1, 2, 0x11, 0x00010F00, 0x01200000)  # what fork, threads and execveat use otherwise
     options = FilterOptions()
     for (name, place), bit, others, high in itertools.product(deciding.items(), range(32), company, (0, GARBAGE)):

@@ -52,6 +52,7 @@ async def climb[L: Launcher, S](
     `settle` raises `BoundaryError` to refuse a rung (it must undo what it started); any other exception ends the climb.
     """
     failures: list[RungFailure] = []
+    last: int | None = None
     for rung in RUNGS[mode]:
         launcher = new_launcher()
         boundary: Boundary | None = None
@@ -59,6 +60,7 @@ async def climb[L: Launcher, S](
             boundary = await _build(rung, label, launcher, identity, telemetry)
             settled = await settle(boundary, launcher)
         except BoundaryError as error:
+            last = error.errno or last
             failures.append(RungFailure(rung, error.step, errno_name(error.errno), error.message))
             await _undo(boundary, launcher)
         except BaseException:
@@ -71,6 +73,7 @@ async def climb[L: Launcher, S](
         + "; ".join(f.brief() for f in failures),
         code="boundary_unavailable",
         step=failures[-1].step,
+        errno=last,
         hint="allow user namespaces (or CAP_NET_ADMIN and CAP_SYS_ADMIN) in this container, or choose --network-mode auto, "
         "which says so and observes where nothing can be enforced",
     )

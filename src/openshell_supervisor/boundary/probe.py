@@ -7,6 +7,7 @@ the launcher tries them from inside. A boundary is tight when no canary was reac
 
 from __future__ import annotations
 
+import errno
 import secrets
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from openshell_supervisor.enforcement import errno_name
 WAY_TIMEOUT = 0.25
 # How long the proxy may take to answer its probe: it answers before mitmproxy is imported, so this is for a loaded machine.
 PROXY_PATIENCE = 10.0
+# A family or an address that this host does not have; every other failure to open a canary is one.
+ABSENT = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
 # RFC 5737 TEST-NET-2: never a real host. Used to find this host's outward address without sending a packet, and as a way out.
 OUTSIDE = ("198.51.100.1", 443)
 
@@ -109,13 +112,20 @@ def canaries(boundary: Boundary) -> Iterator[list[Canary]]:
 
 def _open(kind: str, host: str) -> Canary | None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
+    except OSError as error:  # no such family
+        if error.errno not in ABSENT:
+            raise
+        return None
     try:
         sock.bind((host, 0))
         if kind == "tcp":
             sock.listen(8)  # the control's connection and the attempt's
-    except OSError:  # the host has no such family or address: no canary, and none is claimed
+    except OSError as error:  # the host has no such address: no canary, and none is claimed
         sock.close()
+        if error.errno not in ABSENT:
+            raise
         return None
     return Canary(kind, sock, sock.getsockname()[:2])
 

@@ -80,7 +80,7 @@ def file_rules(
     *,
     workdir: str | None,
     standing_in: str,
-    run_directories: tuple[str, ...] = (),
+    readable: tuple[str, ...] = (),
     exists: Callable[[str], bool] = os.path.exists,
     names: Callable[[str], Iterable[str]] = listing,
     real: Callable[[str], str] = os.path.realpath,
@@ -88,7 +88,7 @@ def file_rules(
     """The lists for one workload.
 
     `workdir` is the operator's --workdir, `standing_in` the directory that the workload starts in without one (both absolute);
-    `run_directories` are readable for the workload. `exists`, `names` (of a directory's entries) and `real` (a path without
+    `readable` are files of ours that the workload reads. `exists`, `names` (of a directory's entries) and `real` (a path without
     symbolic links) ask the file system.
     """
     section = policy.filesystem or FilesystemPolicy()
@@ -103,7 +103,7 @@ def file_rules(
         lists.offer_read_only(path)
     for path in READ_WRITE:
         lists.offer_read_write(path)
-    for path in run_directories:
+    for path in readable:
         lists.offer_read_only(normal(path))
     if include_workdir and not workdir:
         lists.offer_standing_in(normal(standing_in))

@@ -12,16 +12,18 @@ import resource
 from collections.abc import Iterable
 from pathlib import Path
 
-PR_SET_DUMPABLE = 4  # linux/prctl.h
+PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
 # proc_pid_stat(5), fields 50 and 51, env_start and env_end; counted from the field after the command's closing parenthesis.
 ENV_START, ENV_END = 50 - 3, 51 - 3
 
 
-def harden() -> None:
+def harden() -> bool:
     """Make this process undumpable (its files in /proc become root's, ptrace(2) and pidfd_getfd(2) are refused to its own
-    user) and forbid it core files, for good."""
-    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    user) and forbid it core files, for good. False where the host refuses the first, or only says that it did it."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return bool(libc.prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) == 0)
 
 
 def scrub_environment(names: Iterable[str]) -> int:

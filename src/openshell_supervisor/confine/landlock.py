@@ -131,6 +131,20 @@ def build(rules: Rules, *, limit_abi: int | None = None) -> Ruleset:
     return ruleset
 
 
+def bare_domain() -> Ruleset | None:
+    """A ruleset that refuses next to nothing (making block devices, which no workload may); None where Landlock is not to be had.
+
+    What counts is the domain: from inside one, processes outside cannot be traced and their memory not be opened, whoever's they
+    are (Documentation/userspace-api/landlock.rst, "Ptrace restrictions").
+    """
+    found = support()
+    try:
+        fd = kernel.create_ruleset(_mask(["MAKE_BLOCK"]), 0, 0) if found.abi else -1
+    except OSError:
+        return None
+    return Ruleset(Rules(), fd, found.abi, found.abi, found.errata, 0, 0, 0, 0, ()) if fd >= 0 else None
+
+
 def summary(ruleset: Ruleset) -> tuple[Literal["fully", "partly"], str]:
     """How much of what was asked for the ruleset holds, as a word and a sentence. Pure.
 
@@ -217,14 +231,18 @@ def _create(rules: Rules, found: Support, abi: int) -> Ruleset:
 
 
 def _add_paths(ruleset: Ruleset) -> None:
-    """One rule per path that can be had; the others are noted, or in hard mode raised."""
+    """One rule per path that can be had; the others are noted, or in hard mode raised.
+
+    Writable places come first, the outermost before those inside: what a path may lead to depends on them.
+    """
     rules, on_files = ruleset.rules, _mask(kernel.NOT_A_DIRECTORY)
     skipped = []
-    for writable, paths in ((False, rules.read_only), (True, rules.read_write)):
+    places: dict[str, str] = {}
+    for writable, paths in ((True, sorted(rules.read_write, key=len)), (False, rules.read_only)):
         rights = ruleset.handled_fs if writable else _mask(kernel.READ_ONLY)
         for path in paths:
             try:
-                _add_path(ruleset.fd, path, rights & ruleset.handled_fs, on_files, writable)
+                _add_path(ruleset.fd, path, rights & ruleset.handled_fs, on_files, writable, places)
             except (OSError, ValueError) as error:
                 number = error.errno if isinstance(error, OSError) else None
                 reason = REASON_WORDS.get(number, UNEXPECTED) if number else str(error)
@@ -233,7 +251,8 @@ def _add_paths(ruleset: Ruleset) -> None:
                 skipped.append(Skipped(path, reason, number, number == errno_module.ENOENT))
             else:
                 ruleset.applied += 1
-    ruleset.skipped = tuple(skipped)
+    asked = [*rules.read_only, *rules.read_write]
+    ruleset.skipped = tuple(sorted(skipped, key=lambda one: asked.index(one.path)))
     if rules.paths and not ruleset.applied:
         raise ConfineError(
             f"Landlock: zero valid paths of {rules.paths}; refusing a ruleset that would deny every file",
@@ -244,12 +263,13 @@ def _add_paths(ruleset: Ruleset) -> None:
         )
 
 
-def _add_path(fd: int, path: str, rights: int, on_files: int, writable: bool) -> None:
+def _add_path(fd: int, path: str, rights: int, on_files: int, writable: bool, places: dict[str, str]) -> None:
     """Open, look at the very object that was opened (so no swap in between counts), mask by its kind, add.
 
-    Raises OSError, or ValueError for a path that is relative, holds a NUL, or would make everything writable: under whatever
-    name, as a symbolic link to / for example, which the policy's own check of its text cannot see. `ConfineError` when no path
-    can be added at all.
+    `places` are the writable rules so far, each with where it really is; a writable one is noted there. Raises OSError, or
+    ValueError for a path that is relative, holds a NUL, is led astray (`_led_astray`), or would make everything writable: under
+    whatever name, as a symbolic link to / for example, which the policy's own check of its text cannot see. `ConfineError` when
+    no path can be added at all.
     """
     if not path.startswith("/"):
         raise ValueError("path is not absolute")
@@ -260,6 +280,10 @@ def _add_path(fd: int, path: str, rights: int, on_files: int, writable: bool) ->
             rights &= on_files
         elif writable and os.path.samestat(status, os.stat("/")):
             raise ValueError("path is the root directory")
+        real = os.readlink(f"/proc/self/fd/{descriptor}")
+        _led_astray(path, real, places)
+        if writable:
+            places[path] = real
         kernel.add_path(fd, descriptor, rights)
     except OSError as error:
         if error.errno in kernel.HINTS:  # not this path's fault: a filter around us forbids the call itself
@@ -267,6 +291,16 @@ def _add_path(fd: int, path: str, rights: int, on_files: int, writable: bool) ->
         raise
     finally:
         os.close(descriptor)
+
+
+def _led_astray(path: str, real: str, places: Mapping[str, str]) -> None:
+    """Raise ValueError for a path beneath a writable place that is really elsewhere.
+
+    A workload can plant links where it may write, and must not choose by one what the next workload may reach.
+    """
+    for place, there in places.items():
+        if path.startswith(f"{place}/") and not real.startswith(f"{there}/"):
+            raise ValueError(f"a link beneath the writable {place} leads to {real}")
 
 
 def _add_ports(ruleset: Ruleset) -> None:

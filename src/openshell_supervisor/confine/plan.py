@@ -23,12 +23,13 @@ from openshell_supervisor.policy.model import Netlink, SandboxPolicy
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the plan is made from. `directories` are the supervisor's own that the workload may read (the first holds the
-    canary); `skip` names the layers that are not ours; `workdir` and `standing_in` are as in `baseline.file_rules`."""
+    """What the plan is made from. `readable` are files of the supervisor's that the workload reads, `directory` is the run's own;
+    `skip` names the layers that are not ours; `workdir` and `standing_in` are as in `baseline.file_rules`."""
 
     policy: SandboxPolicy
     netlink: Netlink
-    directories: tuple[Path, ...]
+    directory: Path
+    readable: tuple[Path, ...] = ()
     workdir: str | None = None
     standing_in: str = "/"
     skip: frozenset[Layer] = frozenset()
@@ -37,10 +38,13 @@ class Wishes:
 
 @dataclass(slots=True)
 class Plan:
-    """The launcher's part of a run. Of each pair of a thing and its error, at most one is set; neither: not asked for."""
+    """The launcher's part of a run. Of each pair of a thing and its error, at most one is set; neither: not asked for. `canary`
+    is where a file must stand while the launcher confines itself and its twin tries. `domain` is entered where there
+    is no `ruleset`: it allows every file, and keeps other processes out of reach."""
 
     file_rules: FileRules | None = None
     ruleset: Ruleset | None = None
+    domain: Ruleset | None = None
     file_rules_error: ConfineError | None = None
     hard: bool = False
     workload_filters: tuple[bytes, ...] = ()
@@ -50,25 +54,26 @@ class Plan:
 
     def request(self) -> dict[str, Any]:
         """The plan's part of the `confine` request; the ruleset's descriptor goes beside it."""
-        boundary = boundary_filter()
+        entered, boundary = self.ruleset or self.domain, boundary_filter()
         filters = {"boundary": [boundary.hex()] if boundary else []}
         if self.workload_filters:
             filters["workload"] = [program.hex() for program in self.workload_filters]
         return {
-            "landlock": None if self.ruleset is None else {"flags": self.ruleset.restrict_flags},
+            "controls": [one.request for one in selfprobe.controls(self.tries)],
+            "landlock": None if entered is None else {"flags": entered.restrict_flags},
             "filters": filters,
         }
 
     def descriptors(self) -> list[int]:
         """What is passed beside the `confine` request."""
-        return [] if self.ruleset is None else [self.ruleset.fd]
+        entered = self.ruleset or self.domain
+        return [] if entered is None else [entered.fd]
 
     def close(self) -> None:
-        """Give up the ruleset and take the canary away; what the launcher entered stays."""
-        if self.ruleset is not None:
-            self.ruleset.close()
-        if self.canary is not None:
-            self.canary.unlink(missing_ok=True)
+        """Give up the rulesets; what the launcher entered stays."""
+        for ruleset in (self.ruleset, self.domain):
+            if ruleset is not None:
+                ruleset.close()
 
 
 def make(wishes: Wishes, filters: Callable[[FilterOptions], tuple[bytes, ...]]) -> Plan:
@@ -76,6 +81,8 @@ def make(wishes: Wishes, filters: Callable[[FilterOptions], tuple[bytes, ...]]) 
     plan = Plan()
     if Layer.FILESYSTEM not in wishes.skip and baseline.asked(wishes.policy):
         _plan_files(plan, wishes)
+    if plan.ruleset is None and Layer.FILESYSTEM not in wishes.skip:
+        plan.domain = landlock.bare_domain()
     if Layer.SYSCALLS not in wishes.skip:
         _plan_filters(plan, wishes, filters)
     if wishes.self_probe:
@@ -90,7 +97,7 @@ def _plan_files(plan: Plan, wishes: Wishes) -> None:
         policy,
         workdir=wishes.workdir,
         standing_in=wishes.standing_in,
-        run_directories=tuple(str(path) for path in wishes.directories),
+        readable=tuple(str(path) for path in wishes.readable),
     )
     try:
         plan.ruleset = landlock.build(Rules(rules.read_only, rules.read_write, hard=plan.hard))
@@ -98,7 +105,7 @@ def _plan_files(plan: Plan, wishes: Wishes) -> None:
         plan.file_rules_error = error
         return
     if wishes.self_probe:
-        tries, plan.canary = selfprobe.files((rules.read_only, rules.read_write), wishes.directories[0])
+        tries, plan.canary = selfprobe.files((rules.read_only, rules.read_write), wishes.directory)
         plan.tries += tries
         if plan.ruleset.scopes:
             plan.tries.append(selfprobe.signals(os.getpid()))

@@ -1,14 +1,17 @@
 """The self-probe: what a twin of the confined launcher must not be able to do, tried before the workload's first instruction.
 
 One forbidden thing per layer at least, each chosen so that it would succeed, or fail in another way, if the layer were not
-there: a refusal that would have come anyway proves nothing. `tries` says what, `judge` reads the twin's answers; the trying is
-the launcher's. Only a layer without a breach may be called enforced.
+there: a refusal that would have come anyway proves nothing. Where that depends on the host, the launcher tries the same before
+the layer is there, as a control. `judge` reads the answers; the trying is the launcher's. Only a layer with evidence and
+without a breach may be called enforced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,34 +37,52 @@ class Try:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the twin saw of one layer: each attempt with its outcome, and those that went through."""
+    """What the twin saw of one layer: each attempt with its outcome, those that went through, and how many refusals are
+    evidence, because the same attempt was possible before the layer was there."""
 
     tried: Mapping[str, str]
     breaches: tuple[str, ...]
+    evidence: int = 0
 
     def detail(self) -> dict[str, object]:
         """The evidence for a statement."""
-        return {"probed": bool(self.tried), "tried": dict(self.tried)}
+        return {"probed": bool(self.evidence), "tried": dict(self.tried)}
 
 
 NOTHING = Seen({}, ())
 
 
-def judge(tries: Sequence[Try], answers: Iterable[Mapping[str, Any]]) -> dict[Layer, Seen]:
-    """Per layer what was tried; a breach is an attempt that succeeded, or failed otherwise than the layer would make it."""
+def controls(tries: Iterable[Try]) -> list[Try]:
+    """Those whose refusal depends on the host as well: owners, modes, users. The others were chosen so that it does not."""
+    return [one for one in tries if one.layer is Layer.FILESYSTEM]
+
+
+def judge(
+    tries: Sequence[Try], answers: Iterable[Mapping[str, Any]], controlled: Sequence[int | None]
+) -> dict[Layer, Seen]:
+    """Per layer what was tried; a breach is an attempt that succeeded, or failed otherwise than the layer would make it.
+
+    `controlled` has one answer for each of `controls(tries)`: None where it succeeded before the layer was there, else the errno.
+    """
     seen: dict[Layer, Seen] = {}
+    before_layer = dict(zip((one.name for one in controls(tries)), controlled, strict=True))
     for one, answer in zip(tries, answers, strict=True):
         before = seen.get(one.layer, NOTHING)
         number, killed = answer["errno"], answer.get("killed", False)
         outcome = "killed by an outer filter" if killed else errno_name(number) or "succeeded"
         held = killed or (number is not None and one.expect in (None, number))
         breaches = before.breaches if held else (*before.breaches, f"{one.name}: {outcome}")
-        seen[one.layer] = Seen({**before.tried, one.name: outcome}, breaches)
+        anyway = before_layer.get(one.name)
+        if anyway is not None:
+            outcome += f", no evidence: {errno_name(anyway)} without the layer too"
+        evidence = before.evidence + (held and anyway is None)
+        seen[one.layer] = Seen({**before.tried, one.name: outcome}, breaches, evidence)
     return seen
 
 
 def files(paths: tuple[Sequence[str], Sequence[str]], run_directory: Path) -> tuple[list[Try], Path | None]:
-    """Attempts outside of the file rules `(read only, read and write)`, and a canary file to be removed afterwards (or None).
+    """Attempts outside of the file rules `(read only, read and write)`, and where a `canary` is to be while they are made (or
+    None).
 
     Reading the root directory, where no rule covers it; and writing a file that everybody may write, beside the writable
     paths. Both succeed for every user where no file rules hold.
@@ -72,11 +93,11 @@ def files(paths: tuple[Sequence[str], Sequence[str]], run_directory: Path) -> tu
         request = {"kind": "open", "path": "/", "flags": os.O_RDONLY | os.O_DIRECTORY}
         attempts.append(Try(Layer.FILESYSTEM, "read the directory /", request))
     for directory in (run_directory, *map(Path, CANARY_DIRECTORIES)):
-        canary = None if _covers(str(directory), read_write) else _canary(directory)
-        if canary is not None:
-            request = {"kind": "open", "path": str(canary), "flags": os.O_WRONLY}
+        path = directory / f".{CANARY}-{secrets.token_hex(8)}"
+        if not _covers(str(directory), read_write) and _possible(path):
+            request = {"kind": "open", "path": str(path), "flags": os.O_WRONLY}
             attempts.append(Try(Layer.FILESYSTEM, f"write a file in {directory}", request))
-            return attempts, canary
+            return attempts, path
     return attempts, None
 
 
@@ -86,18 +107,27 @@ def _covers(path: str, rules: Iterable[str]) -> bool:
     return any(rule in ("/", real) or real.startswith(f"{rule}/") for rule in rules)
 
 
-def _canary(directory: Path) -> Path | None:
-    """A file that every user may write, made anew; None where this directory cannot have one."""
-    path = directory / f".{CANARY}-{os.getpid()}"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError:
-        return None
+@contextlib.contextmanager
+def canary(path: Path | None) -> Iterator[None]:
+    """A new file that every user may write stands at `path` for a moment. Raises OSError."""
+    if path is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         os.fchmod(descriptor, 0o666)
+        yield
     finally:
         os.close(descriptor)
-    return path
+        path.unlink(missing_ok=True)
+
+
+def _possible(path: Path) -> bool:
+    try:
+        with canary(path):
+            return True
+    except OSError:
+        return False
 
 
 def signals(supervisor: int) -> Try:

@@ -50,6 +50,7 @@ NUMBERS: dict[str, tuple[int, int]] = {
     "pidfd_send_signal": (424, 424),
     "pivot_root": (155, 41),
     "prctl": (157, 167),
+    "prlimit64": (302, 261),
     "process_madvise": (440, 440),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
@@ -205,10 +206,25 @@ def workload_rules(netlink: Netlink, *, inet: bool) -> tuple[Rule, ...]:
         *_MOUNTS,
         *_KERNEL,
         *_PROCESSES,
+        *_limit_rules(),
         *_namespace_rules(),
         *_socket_rules(),
         *_netlink_rules(netlink),
         *_inet_rules(inet),
+    )
+
+
+def _limit_rules() -> tuple[Rule, ...]:
+    """Limits of other processes, that is of any pid but 0 (libc's own setrlimit): a limit of CPU time ends a supervisor that
+    signals do not reach. Bits above pid_max's (2**22, proc_sys_kernel(5)) can be tried: no process has such a number."""
+    return tuple(
+        Rule(
+            "prlimit64",
+            (Condition(0, 1 << bit, 1 << bit),),
+            (1 << bit, 0, 0, 0) if bit > 22 else None,
+            f"pid bit {bit}",
+        )
+        for bit in range(32)
     )
 
 

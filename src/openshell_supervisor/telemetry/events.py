@@ -313,13 +313,15 @@ class Telemetry:
         errno: str | None = None,
         probe: str | None = None,
         asked: bool | None = None,
+        subsystem: str | None = None,
     ) -> tuple[Event, Event]:
         """Egress policy is only observed: `CONFIG:DEGRADED` and its finding, once per start.
 
         `asked` True means as the operator wished (Success, no alert), False a fallback; left out, it follows from
         `requested` being "host". Of a fallback, `error` says what the host refused ("setns: Operation not permitted"),
-        `errno` is its symbol ("EPERM"), `probe` the step that failed. `effective` other than "host" is a sandbox with a
-        namespace of its own whose egress is observed on request.
+        `errno` is its symbol ("EPERM"), `probe` the step that failed, `subsystem` its name where the failure
+        was tolerated. `effective` other than "host" is a sandbox with a namespace of its own whose egress is observed on
+        request; `egress` "enforce" one whose proxy enforces while nothing keeps clients on the way to it.
         """
         if asked is None:
             asked = requested == "host"
@@ -332,8 +334,9 @@ class Telemetry:
             event["status_detail"] = ocsf.clean(f"{probe} failed: {error}" if probe else error)
         modes = {"network_mode_requested": requested, "network_mode_effective": effective}
         why = {} if asked else wording.fallback_facts(probe, errno)
-        self._emit(event, {**modes, "egress_enforcement": egress, **why})
-        text, desc, remedy = wording.degraded_finding(effective, asked)
+        tolerated = {"subsystem": subsystem} if subsystem else {}
+        self._emit(event, {**modes, "egress_enforcement": egress, **why, **tolerated})
+        text, desc, remedy = wording.degraded_finding(effective, egress, asked)
         finding = self.finding(
             "egress-enforcement-unavailable",
             "Egress Enforcement Unavailable",

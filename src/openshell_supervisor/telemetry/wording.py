@@ -56,7 +56,8 @@ def degraded_message(requested: str, effective: str, egress: str, error: str | N
     """The message of CONFIG:DEGRADED. With a namespace of its own the sandbox's isolation is not what is degraded."""
     head = "Network isolation degraded; egress policy" if effective == "host" else "Egress policy"
     shown = {"requested": requested, "effective": effective, "enforcement": egress, "error": error}
-    return with_fields(f"{head} is observation-only", shown)
+    extent = "is observation-only" if egress == "observe" else "holds only for clients that use the proxy"
+    return with_fields(f"{head} {extent}", shown)
 
 
 def fallback_facts(probe: str | None, errno: str | None) -> dict[str, str]:
@@ -66,7 +67,7 @@ def fallback_facts(probe: str | None, errno: str | None) -> dict[str, str]:
     return {key: value for key, value in known.items() if value is not None} | untouched
 
 
-def degraded_finding(effective: str, asked: bool) -> tuple[str, str, str]:
+def degraded_finding(effective: str, egress: str, asked: bool) -> tuple[str, str, str]:
     """Message, description and remedy of the finding that goes with CONFIG:DEGRADED."""
     if effective != "host":
         place = "The sandbox has a network namespace of its own"
@@ -82,5 +83,8 @@ def degraded_finding(effective: str, asked: bool) -> tuple[str, str, str]:
             "Run on a host that permits network namespaces, "
             "or request network_mode=isolated to fail instead of degrading"
         )
+    if egress == "enforce":
+        desc = f"{place}; egress decisions are enforced only for clients that use the proxy."
+        return f"Egress policy can be got around because {why}", desc, remedy
     desc = f"{place}; egress decisions are logged but not enforced."
     return f"Egress policy is observation-only because {why}", desc, remedy

@@ -23,6 +23,7 @@ from openshell_supervisor.confine.launcher.kernel import (
     step,
     system_call,
 )
+from openshell_supervisor.confine.launcher.probe import attempt
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -57,6 +58,8 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
     with status:
         facts = privileges.verify(identity, bounded, read_status(status))
         before = filters_held(status)
+        # What fails already proves nothing when it fails again under the file rules.
+        controls = [attempt(item) for item in request.get("controls", ())]
         ruleset = restrict(request.get("landlock"), descriptors)
         filters = {name: install(programs) for name, programs in request["filters"].items()}
         held = filters_held(status)
@@ -65,6 +68,7 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
         "protected": protected,
         "user_namespace": os.stat("/proc/self/ns/user").st_ino,
         "landlock": ruleset,
+        "controls": controls,
         "filters": filters,
         "filters_added": None if before is None or held is None else held - before,
     }, []

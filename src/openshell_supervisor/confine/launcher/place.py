@@ -98,7 +98,7 @@ def make_user_namespace(identity: Request) -> list[list[object]]:
 
 
 def raise_loopback() -> None:
-    """Set lo up; the kernel then gives it 127.0.0.1/8 and ::1 (netdevice(7)). gVisor's is up from the start, and cannot be set."""
+    """Set lo up; the kernel then gives it 127.0.0.1/8 and ::1 (netdevice(7)). gVisor's is up, and cannot be set."""
     with step("raise lo"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         name = b"lo"
         flags = struct.unpack(IFREQ_FLAGS, fcntl.ioctl(handle, SIOCGIFFLAGS, struct.pack(IFREQ_FLAGS, name, 0)))[1]

@@ -59,7 +59,7 @@ def doctor(arguments: Sequence[str]) -> int:
     configure_plain_logging("error")  # what the rehearsal meets is in its statements
     # Whatever imports comes before the rehearsal or after it: two threads in the imports of one package can block each other.
     known = [*software.checks(), *asked.checks(_policy_file(settings))]
-    with _nobody_types(), _as_it_was(surroundings.run_directories(environment, settings.run_dir)):
+    with _nobody_types(), _as_it_was(settings.run_dir):
         found, rehearsed = asyncio.run(_examine(settings, view))
     found = [*found, *known, software.openssl(), *notes]
     rungs = outcome.rungs(rehearsed)
@@ -109,15 +109,15 @@ def _nobody_types() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_it_was(candidates: Sequence[Path]) -> Iterator[None]:
-    """Take away what the rehearsal's run directory was made in, where there was nothing before and nobody uses it by now."""
-    absent = [path for path in candidates if not path.exists()]
+def _as_it_was(run_dir: Path | None) -> Iterator[None]:
+    """Take away the `--run-dir` that the rehearsal made, where there was none and nobody uses it by now."""
+    absent = run_dir is not None and not run_dir.exists()
     try:
         yield
     finally:
-        for path in absent:
+        if absent and run_dir is not None:
             with contextlib.suppress(OSError):  # never made, or another run has its directory in it
-                path.rmdir()
+                run_dir.rmdir()
 
 
 @dataclass(frozen=True, slots=True)

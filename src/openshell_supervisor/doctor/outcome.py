@@ -5,6 +5,7 @@ Pure: everything is computed from the rehearsed statements by the functions that
 
 from __future__ import annotations
 
+import errno as errno_module
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -169,11 +170,14 @@ def choose(settings: Settings, rehearsed: Sequence[Rung], mode: str) -> Choice:
             return Choice(mode, name, statement, tuple(passed))
         passed.append(rung)
     why = "no rung of it works: " + ("; ".join(rung.failure().brief() for rung in passed) or "none was rehearsed")
-    if not settings.best_effort or not passed:
+    # A flag's demand to enforce is taken back by no variable.
+    if not settings.best_effort or settings.egress == "enforce" or not passed:
         return Choice(mode, None, None, tuple(passed), why)
-    tolerated = handler.failed(
-        Subsystem.NETWORK_NAMESPACE, BoundaryError(why, code="boundary_unavailable", step=passed[-1].step or "")
+    last = next((rung.errno for rung in reversed(passed) if rung.errno), "")
+    error = BoundaryError(
+        why, code="boundary_unavailable", step=passed[-1].step or "", errno=getattr(errno_module, last, None)
     )
+    tolerated = handler.failed(Subsystem.NETWORK_NAMESPACE, error)
     return _given(settings, mode, by_name.get("observed"), tolerated, tuple(passed))
 
 

@@ -71,7 +71,7 @@ class Report:
         sentences.append(self.demand.sentence())
         counted = [f"{sum(check.state is state for check in self.checks)} {state}" for state in State]
         sentences.append(f"checks: {', '.join(counted)}; {self.seconds:.2f} s")
-        parts.append("\n".join(_printable(line) for line in sentences))
+        parts.append("\n".join(piece for line in sentences for piece in _wrapped(_printable(line), width)))
         return "\n\n".join(parts) + "\n"
 
 

@@ -64,7 +64,7 @@ def _proc(mounted: list[Mount]) -> Check:
 
 def _run_directory(environment: Mapping[str, str], chosen: Path | None) -> Check:
     """Where a run could have its directory, in the order in which it looks; tried with files that have no name."""
-    tried = {str(path): _writable(path) for path in run_directories(environment, chosen)}
+    tried = {str(path): _writable(path) for path in _run_directories(environment, chosen)}
     usable = [path for path, why in tried.items() if not why]
     if not usable:
         hint = "mount a tmpfs (--tmpfs /run/openshell; Kubernetes: an emptyDir) or name a directory with --run-dir"
@@ -73,7 +73,7 @@ def _run_directory(environment: Mapping[str, str], chosen: Path | None) -> Check
     return ok("mounts.run_directory", f"a run can have its directory in {usable[0]}", tried=tried)
 
 
-def run_directories(environment: Mapping[str, str], chosen: Path | None) -> list[Path]:
+def _run_directories(environment: Mapping[str, str], chosen: Path | None) -> list[Path]:
     """The candidates, in the order in which a run tries them (`rundir.create`)."""
     runtime = environment.get("XDG_RUNTIME_DIR")
     own = [Path(runtime, "openshell")] if runtime and os.geteuid() != 0 else []

@@ -185,7 +185,7 @@ def _events(text: str) -> list[dict[str, Any]]:
 
 def _files(rootfs: pathlib.Path, place: pathlib.Path) -> list[str]:
     """Make links in `rootfs` as this machine's root directory has them; the directories to be mounted, each at its own path."""
-    directories = {"/usr", "/etc", str(ROOT), sys.base_prefix, str(place)}
+    directories = {"/usr", "/etc", str(ROOT), sys.prefix, sys.base_prefix, str(place)}
     for path in map(pathlib.Path, ("/bin", "/sbin", "/lib", "/lib64")):
         if path.is_symlink():
             (rootfs / path.name).symlink_to(os.readlink(path))

@@ -11,7 +11,7 @@ import os
 import resource
 import signal
 
-from openshell_supervisor.confine.launcher import mounts, privileges
+from openshell_supervisor.confine.launcher import mounts, privileges, terminals
 from openshell_supervisor.confine.launcher.kernel import (
     PR_SET_NO_NEW_PRIVS,
     PR_SET_PDEATHSIG,
@@ -42,8 +42,9 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
     shown = privileges.unmapped
     identity = {**request["identity"], **({"uid": shown[0]} if shown else {})}
     protected = mounts.protect(request["read_only"], request["anchors"])
+    private, passed = terminals.take(request.get("terminals"), descriptors)
     with step("chdir"):
-        mounts.stand_anew(request["cwd"], bool(request["read_only"]))
+        mounts.stand_anew(request["cwd"], bool(request["read_only"] or private is not None))
     privileges.take_identity(identity)
     bounded = privileges.drop_capabilities()
     limit_resources(request)
@@ -66,12 +67,13 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
     return {
         "privileges": facts,
         "protected": protected,
+        "terminals": private,
         "user_namespace": os.stat("/proc/self/ns/user").st_ino,
         "landlock": ruleset,
         "controls": controls,
         "filters": filters,
         "filters_added": None if before is None or held is None else held - before,
-    }, []
+    }, passed
 
 
 def limit_resources(request: Request) -> None:

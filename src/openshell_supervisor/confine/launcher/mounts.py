@@ -1,4 +1,4 @@
-"""The directory the workload starts in, and directories made read-only for it."""
+"""The directory the workload starts in, a mount namespace of its own, and directories made read-only in it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ from openshell_supervisor.confine.launcher.kernel import (
     MS_REMOUNT,
     libc,
 )
+
+MS_SLAVE = 1 << 19  # linux/mount.h
+_own: list[bool] = []  # whether the namespace could be had, once that was tried
+
+
+def own_namespace() -> bool:
+    """A mount namespace of our own, from which nothing gets out; False where that cannot be had. Tried once.
+
+    In the user namespace that we come from, the new one's mounts still share what is mounted with the old one's
+    (mount_namespaces(7)): what is made read-only here would be so for the whole machine. What comes from there still arrives.
+    """
+    if not _own:
+        made = libc.unshare(CLONE_NEWNS) == 0
+        _own.append(made and libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_SLAVE), None) == 0)
+    return _own[0]
 
 
 def stand_anew(wanted: str | None, mounted: bool) -> None:
@@ -36,7 +51,7 @@ def protect(paths: list[str], anchors: list[str]) -> bool:
     paths = [path for path in paths if not os.statvfs(path).f_flag & MS_RDONLY]
     if not paths:
         return True
-    if libc.unshare(CLONE_NEWNS) < 0:
+    if not own_namespace():
         return False
     for path in (*anchors, *paths):
         name = os.fsencode(path)

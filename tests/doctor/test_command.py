@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import pty
+import signal
 import subprocess
 import termios
 import time
@@ -111,12 +112,14 @@ def test_a_gateway_is_not_asked_and_no_reason_to_refuse() -> None:
 
 
 def test_no_pids_limit_where_one_is_demanded_is_a_failure() -> None:
-    """A start would be refused; the doctor says so and tries the rest of the host. Without the demand it is no failure."""
-    if pathlib.Path("/sys/fs/cgroup/pids.max").exists():
-        pytest.skip("needs a cgroup without a limit on the number of processes")
-    answer = asking.ask(env={"OPENSHELL_REQUIRE_RUNTIME_PID_LIMIT": "1"})
-    assert answer.state("cgroup.pids") == "failed"
-    assert "--pids-limit" in answer.check("cgroup.pids")["hint"]
+    """Exactly where a start is refused; the rest of the host is tried all the same. Without the demand it is no failure."""
+    demand = {"OPENSHELL_REQUIRE_RUNTIME_PID_LIMIT": "1"}
+    refused = product.run(["true"], env=demand).code == 1
+    answer = asking.ask(env=demand)
+    assert (answer.state("cgroup.pids") == "failed") == refused
+    assert ("--pids-limit" in answer.check("cgroup.pids")["hint"]) == refused
+    assert answer.body["mode"]["starts"] != refused
+    assert answer.check("kernel.release")["state"] == "info"
     assert asking.ask().state("cgroup.pids") != "failed"
 
 
@@ -171,6 +174,28 @@ def test_nothing_is_left_behind(open_tmp: pathlib.Path) -> None:
     links = [word for word in text.replace('"', " ").split() if word.startswith("veth-h-")]
     assert links or not hosts.effective_caps() >> hosts.CAP_SYS_ADMIN & 1, "the veth rung names its link"
     assert not [link for link in links if pathlib.Path("/sys/class/net", link).exists()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_in_the_middle_leaves_nothing_behind(number: signal.Signals, open_tmp: pathlib.Path) -> None:
+    """Ended once its run directory exists: directory and processes are gone, and with them every namespace."""
+    run_dir = open_tmp / "run"
+    process = subprocess.Popen(
+        asking.command("--run-dir", str(run_dir)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while process.poll() is None and not run_dir.exists():
+        time.sleep(0.001)
+    process.send_signal(number)
+    assert process.wait(asking.TIMEOUT) == 128 + number
+    deadline = time.monotonic() + 2.0
+    while in_session(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert in_session(process.pid) == []
+    assert not run_dir.exists()
 
 
 def test_a_run_directory_that_was_there_stays(open_tmp: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,7 +61,7 @@ def doctor(arguments: Sequence[str]) -> int:
     # Whatever imports comes before the rehearsal or after it: two threads in the imports of one package can block each other.
     known = [*software.checks(), *asked.checks(_policy_file(settings))]
     with _nobody_types(), _as_it_was(settings.run_dir):
-        found, rehearsed = asyncio.run(_examine(settings, view))
+        found, rehearsed = asyncio.run(_until_told(settings, view))
     found = [*found, *known, software.openssl(), *notes]
     rungs = outcome.rungs(rehearsed)
     mode = outcome.choose(settings, rungs, settings.network_mode)
@@ -128,6 +129,26 @@ class View:
     environment: Mapping[str, str]
     limits: rights.Limits
     tries: Tries
+
+
+async def _until_told(settings: Settings, view: View) -> tuple[list[Check], tuple[Rehearsal, ...]]:
+    """As `_examine`; a signal that ends takes down first what the rehearsal has built, and then ends (128 + its number)."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    told: list[int] = []
+
+    def end(number: int) -> None:
+        told.append(number)
+        if task is not None:
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGINT is asyncio's, and does the same
+        loop.add_signal_handler(number, end, number)
+    try:
+        return await _examine(settings, view)
+    except asyncio.CancelledError:
+        if not told:
+            raise
+        raise SystemExit(128 + told[0]) from None
 
 
 async def _examine(settings: Settings, view: View) -> tuple[list[Check], tuple[Rehearsal, ...]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from openshell_supervisor.policy.model import FilesystemPolicy, SandboxPolicy
 
@@ -48,18 +49,21 @@ READ_WRITE = (
 GPU_MARKS = ("/dev/nvidiactl", "/dev/dxg")
 GPU_READ_ONLY = ("/run/nvidia-persistenced", "/usr/lib/wsl")
 GPU_READ_WRITE = (*GPU_MARKS, "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia-modeset")
+TERMINALS = "/dev/pts"
 PROC = "/proc"  # CUDA writes /proc/<pid>/task/<tid>/comm
 
 
 @dataclass(frozen=True, slots=True)
 class FileRules:
     """Absolute paths, normalised, each in one of the two lists. `added`: those of them that the policy did not ask for.
-    `notes`: sentences for the operator, where something is not as the policy reads."""
+    `notes`: sentences for the operator, where something is not as the policy reads. `terminals`: how /dev/pts is allowed, where
+    it was kept out of the lists; empty where it is in them or is not allowed."""
 
     read_only: tuple[str, ...]
     read_write: tuple[str, ...]
     added: tuple[str, ...]
     notes: tuple[str, ...]
+    terminals: Literal["", "read_only", "read_write"] = ""
 
 
 def asked(policy: SandboxPolicy) -> bool:
@@ -81,6 +85,7 @@ def file_rules(
     workdir: str | None,
     standing_in: str,
     readable: tuple[str, ...] = (),
+    own_terminals: bool = False,
     exists: Callable[[str], bool] = os.path.exists,
     names: Callable[[str], Iterable[str]] = listing,
     real: Callable[[str], str] = os.path.realpath,
@@ -88,7 +93,8 @@ def file_rules(
     """The lists for one workload.
 
     `workdir` is the operator's --workdir, `standing_in` the directory that the workload starts in without one (both absolute);
-    `readable` are files of ours that the workload reads. `exists`, `names` (of a directory's entries) and `real` (a path without
+    `readable` are files of ours that the workload reads. `own_terminals`: the launcher may mount another /dev/pts and then adds its
+    rule itself, so it is in no list. `exists`, `names` (of a directory's entries) and `real` (a path without
     symbolic links) ask the file system.
     """
     section = policy.filesystem or FilesystemPolicy()
@@ -108,7 +114,8 @@ def file_rules(
     if include_workdir and not workdir:
         lists.offer_standing_in(normal(standing_in))
     lists.note_what_cannot_be_taken_back()
-    return FileRules(tuple(lists.read_only), tuple(lists.read_write), tuple(lists.added), tuple(lists.notes))
+    terminals = lists.take_terminals() if own_terminals else ""
+    return FileRules(tuple(lists.read_only), tuple(lists.read_write), tuple(lists.added), tuple(lists.notes), terminals)
 
 
 def normal(path: str) -> str:
@@ -191,6 +198,15 @@ class _Lists:
             )
             return
         self.read_write.append(path)
+
+    def take_terminals(self) -> Literal["", "read_only", "read_write"]:
+        """Take /dev/pts out of the lists, where it exists; answers in which of them it was."""
+        if not self.exists(TERMINALS) or TERMINALS not in (*self.read_only, *self.read_write):
+            return ""
+        writable = TERMINALS in self.read_write
+        (self.read_write if writable else self.read_only).remove(TERMINALS)
+        self.added = [path for path in self.added if path != TERMINALS]
+        return "read_write" if writable else "read_only"
 
     def note_what_cannot_be_taken_back(self) -> None:
         """A right that holds for a directory holds for all that lies in it; Landlock has no exceptions."""

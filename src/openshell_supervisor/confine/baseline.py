@@ -93,9 +93,9 @@ def file_rules(
     """The lists for one workload.
 
     `workdir` is the operator's --workdir, `standing_in` the directory that the workload starts in without one (both absolute);
-    `readable` are files of ours that the workload reads. `own_terminals`: the launcher may mount another /dev/pts and then adds its
-    rule itself, so it is in no list. `exists`, `names` (of a directory's entries) and `real` (a path without
-    symbolic links) ask the file system.
+    `readable` are files of ours that the workload reads. `own_terminals`: the launcher may mount another /dev/pts and adds its
+    rule itself, so it is in no list. `exists`, `names` (of a directory's entries) and `real` (a path without symbolic links)
+    ask the file system.
     """
     section = policy.filesystem or FilesystemPolicy()
     include_workdir = (

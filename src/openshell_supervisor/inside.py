@@ -23,6 +23,7 @@ from openshell_supervisor.confine.separation import (
     can_map,
     neighbours,
     out_of_reach,
+    traced_by_parents_only,
     user_namespace,
     write_identity_maps,
 )
@@ -138,6 +139,8 @@ def _gaps(sandbox: Sandbox, child: Child, separated: bool, code: Code, answer: d
 def _exposed(sandbox: Sandbox, child: Child) -> str:
     """Why a workload without user namespace and Landlock domain can act through another process; empty where there is none."""
     uid = sandbox.identity.uid
+    if traced_by_parents_only():
+        return ""
     if uid != os.geteuid() and not neighbours(uid, frozenset({os.getpid(), child.pid})):
         return ""
     return (

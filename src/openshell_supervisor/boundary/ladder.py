@@ -75,7 +75,7 @@ async def climb[L: Launcher, S](
         step=failures[-1].step,
         errno=last,
         hint="allow user namespaces (or CAP_NET_ADMIN and CAP_SYS_ADMIN) in this container, or choose --network-mode auto, "
-        "which says so and observes where nothing can be enforced",
+        "which says so and observes where nothing can be enforced, or set OPENSHELL_BEST_EFFORT_FAILURES",
     )
     none.failures = tuple(failures)
     raise none

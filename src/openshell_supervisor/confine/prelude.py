@@ -114,5 +114,5 @@ def _failure(message: str, number: int | None) -> ConfineError:
         step=STEP,
         errno=number,
         hint="run where seccomp filters are allowed; or, where an outer sandbox confines the supervisor, say so with "
-        "--declare-external supervisor_syscalls",
+        "--declare-external supervisor_syscalls, or set OPENSHELL_BEST_EFFORT_FAILURES to start without",
     )

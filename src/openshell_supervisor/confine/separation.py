@@ -53,6 +53,15 @@ def user_namespace() -> int:
     return Path("/proc/self/ns/user").stat().st_ino
 
 
+def traced_by_parents_only() -> bool:
+    """True where Yama lets a process open another's memory only if it is its ancestor, whoever's they are (gVisor says so too;
+    Documentation/admin-guide/LSM/Yama.rst, ptrace_scope 1 to 3)."""
+    try:
+        return int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text()) > 0
+    except (OSError, ValueError):
+        return False
+
+
 def neighbours(uid: int, own: frozenset[int]) -> list[int]:
     """The processes of user `uid` that are not `own`: what a workload without a user namespace of its own could take from."""
     found = []

@@ -325,7 +325,7 @@ class Telemetry:
         """
         if asked is None:
             asked = requested == "host"
-        message = wording.degraded_message(requested, effective, egress, error)
+        message = wording.degraded_message(requested, effective, egress, subsystem, error)
         event = self._config("degraded", message, None, Severity.MEDIUM, asked)
         _set_at_risk(event)
         if errno is not None:

@@ -52,10 +52,16 @@ def bypass_evidence(ip: str, port: int, protocol: str, actor: Process) -> dict[s
     }
 
 
-def degraded_message(requested: str, effective: str, egress: str, error: str | None) -> str:
+def degraded_message(requested: str, effective: str, egress: str, subsystem: str | None, error: str | None) -> str:
     """The message of CONFIG:DEGRADED. With a namespace of its own the sandbox's isolation is not what is degraded."""
     head = "Network isolation degraded; egress policy" if effective == "host" else "Egress policy"
-    shown = {"requested": requested, "effective": effective, "enforcement": egress, "error": error}
+    shown = {
+        "requested": requested,
+        "effective": effective,
+        "enforcement": egress,
+        "subsystem": subsystem,
+        "error": error,
+    }
     extent = "is observation-only" if egress == "observe" else "holds only for clients that use the proxy"
     return with_fields(f"{head} {extent}", shown)
 

@@ -81,6 +81,8 @@ class Child:
                 code="launch_step_failed",
                 step=answer["step"],
                 errno=answer["errno"] or None,
+                hint="the host refuses this step: look at the container's capabilities, seccomp profile and limits "
+                "(`openshell-supervisor doctor` tries them)",
             )
         return answer, passed
 

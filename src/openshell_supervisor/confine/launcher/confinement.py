@@ -45,6 +45,7 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
     private, passed = terminals.take(request.get("terminals"), descriptors)
     with step("chdir"):
         mounts.stand_anew(request["cwd"], bool(request["read_only"] or private is not None))
+    able = privileges.holds_setpcap()
     privileges.take_identity(identity)
     bounded = privileges.drop_capabilities()
     limit_resources(request)
@@ -58,6 +59,8 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
         status = open(STATUS)  # noqa: SIM115  (read again below, where the file rules may not let it be opened any more)
     with status:
         facts = privileges.verify(identity, bounded, read_status(status))
+        if able and not facts["bounding_set_empty"]:
+            raise StepError("clear bounding set", 0, "capabilities stay in it although CAP_SETPCAP was there")
         before = filters_held(status)
         # What fails already proves nothing when it fails again under the file rules.
         controls = [attempt(item) for item in request.get("controls", ())]

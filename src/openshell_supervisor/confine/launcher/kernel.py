@@ -29,6 +29,7 @@ PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 LINUX_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
+CAP_SETPCAP = 8  # linux/capability.h
 LAST_POSSIBLE_CAP = 63  # two 32-bit words in capset(2)
 # linux/securebits.h: NOROOT and its lock (uid 0 gains nothing from execve), KEEP_CAPS_LOCKED, NO_CAP_AMBIENT_RAISE and its lock.
 SECUREBITS = 1 | 2 | 32 | 64 | 128

@@ -7,6 +7,7 @@ import os
 import struct
 
 from openshell_supervisor.confine.launcher.kernel import (
+    CAP_SETPCAP,
     LAST_POSSIBLE_CAP,
     LINUX_CAPABILITY_VERSION_3,
     PR_CAP_AMBIENT,
@@ -61,6 +62,13 @@ def remember_groups(groups: list[int] | None, held: list[int]) -> None:
         if sorted(held) != sorted(groups):
             raise StepError("verify groups", 0, f"groups are {held}, promised {groups}")
         shown_groups.append(os.getgroups())
+
+
+def holds_setpcap() -> bool:
+    """Is CAP_SETPCAP effective? With it, the bounding set can be emptied, and must be."""
+    with open("/proc/self/status") as status:
+        effective = next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
+    return bool(effective >> CAP_SETPCAP & 1)
 
 
 def give_up_for_good() -> bool:

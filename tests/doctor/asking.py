@@ -21,7 +21,7 @@ CHECK_IDS = (
     "privileges.no_new_privs", "userns.create", "userns.limit", "netns.create", "netns.limit", "lsm.label", "mount.private",
     "nft.fence", "nft.log", "privileges.capabilities", "privileges.identity", "limits.open_files", "limits.core",
     "limits.address_space", "mounts.root", "mounts.proc", "mounts.run_directory", "cgroup.version", "cgroup.pids",
-    "software.python", "software.libraries", "software.libseccomp", "policy.file", "policy.layers", "software.openssl",
+    "software.python", "software.libraries", "software.libseccomp", "software.openssl", "policy.file", "policy.layers",
 )  # fmt: skip
 # Those that are there only where there is something to say.
 SOMETIMES = ("policy.gateway", "rehearsal")

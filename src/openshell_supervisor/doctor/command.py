@@ -58,11 +58,11 @@ def doctor(arguments: Sequence[str]) -> int:
     settings = _without_a_workload(settings_room.read(options, environment))
     view = View(Files().remember("/proc/self/status"), environment, rights.limits(), Tries())
     configure_plain_logging("error")  # what the rehearsal meets is in its statements
-    # Whatever imports comes before the rehearsal or after it: two threads in the imports of one package can block each other.
+    # Before any thread runs, because these import: two threads in the imports of one package (cryptography) can block each other.
     known = [*software.checks(), *asked.checks(_policy_file(settings))]
     with _nobody_types(), _as_it_was(settings.run_dir):
         found, rehearsed = asyncio.run(_until_told(settings, view))
-    found = [*found, *known, software.openssl(), *notes]
+    found = [*found, *known, *notes]
     rungs = outcome.rungs(rehearsed)
     mode = outcome.choose(settings, rungs, settings.network_mode)
     demand = outcome.demand(settings.require, mode)

@@ -18,8 +18,8 @@ NAMED = ("mitmproxy", "regopy", "pyroute2", "pyseccomp", "landlock", "cryptograp
 
 
 def checks() -> list[Check]:
-    """Everything about software but `openssl`."""
-    return [_python(), _libraries(), _libseccomp()]
+    """Everything about software."""
+    return [_python(), _libraries(), _libseccomp(), _openssl()]
 
 
 def _python() -> Check:
@@ -92,11 +92,8 @@ def _libseccomp() -> Check:
     return ok(name, f"libseccomp {version}", version=version)
 
 
-def openssl() -> Check:
-    """Two of them: the interpreter's, and the one inside cryptography, which the proxy speaks TLS with.
-
-    Not while another thread may import cryptography: its modules import each other, and two threads in them block each other.
-    """
+def _openssl() -> Check:
+    """Two of them: the interpreter's, and the one inside cryptography, which the proxy speaks TLS with."""
     from cryptography.hazmat.backends.openssl import backend
 
     bundled = backend.openssl_version_text()

@@ -199,6 +199,7 @@ def test_privileges_are_never_tolerated(call: str) -> None:
     assert ran.code == 1, ran.err
     assert "STARTED" not in ran.out
     assert "not permitted" in ran.err
+    assert "hint:" in ran.err
     assert "Traceback" not in ran.err
     assert product.run(WORKLOAD, env={VARIABLE: "1"}, wrap=grouped).out.startswith("STARTED")
 

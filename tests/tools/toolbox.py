@@ -62,7 +62,8 @@ echo > /dev/null; head -c 3 /dev/zero /dev/urandom | wc -c; mkfifo pipe && ln -s
         "processes",
         ("ps", "top", "timeout", "taskset"),
         """
-sleep 30 & ps -o pid,comm -p $!; kill $!; wait $!; echo "ended by $(($? - 128))"
+sleep 30 & until [ "$(cat /proc/$!/comm)" = sleep ]; do :; done  # until then it is a bash
+ps -o pid,comm -p $!; kill $!; wait $!; echo "ended by $(($? - 128))"
 top -b -n1 | head -1; uptime; free | grep Mem; pgrep -c sleep; lscpu | head -1
 nice -n 5 true && taskset -c 0 true && setsid -w true && echo placed; timeout 0.1 sleep 9; echo "timed out: $?"
 kill -0 $PPID && echo parent there

@@ -99,7 +99,7 @@ def test_a_profile_that_kills_leaves_nothing_running(call: str) -> None:
     assert hosts.run(["pgrep", "-f", "sleep 4711"]).stdout == ""
 
 
-@pytest.mark.parametrize("limit", ["nproc=0", "nproc=4", "nproc=7", "nofile=8", "nofile=16", "data=20000000"])
+@pytest.mark.parametrize("limit", ["nproc=0", "nproc=3", "nofile=8", "nofile=16", "data=20000000"])
 def test_a_host_that_is_too_small_is_named(limit: str, open_tmp: pathlib.Path) -> None:
     """Too few processes, descriptors or memory for a start: refused in words, nothing started, nothing left to run."""
     open_tmp.chmod(0o777)
@@ -122,7 +122,7 @@ def test_a_deleted_working_directory_grants_nothing(open_tmp: pathlib.Path) -> N
     assert ran.code != 0
 
 
-@pytest.mark.parametrize("answer", [pytest.param(0, marks=still_open("close_range(2) is believed")), 1, 38])
+@pytest.mark.parametrize("answer", [0, 1, 38])
 def test_nothing_is_inherited_where_close_range_fails(answer: int) -> None:
     """Refused or only pretended, close_range(2) leaves no descriptor but 0, 1 and 2 to the workload."""
     wrap: Wrap = lambda argv: hosts.outer_seccomp(own(argv), "close_range", answer=answer)  # noqa: E731

@@ -37,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "layers": {"confine", "policy.model"},
     "still_to_come": set(),
     "rundir": set(),
+    "home": {"confine"},
     "imports": set(),
     "policy": set(),
     "verdict": {"policy"},

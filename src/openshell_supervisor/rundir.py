@@ -53,7 +53,11 @@ def create(chosen: Path | None, environment: Mapping[str, str]) -> Path:
 def _defaults(environment: Mapping[str, str]) -> tuple[Path, ...]:
     runtime = environment.get("XDG_RUNTIME_DIR")
     named = (Path(runtime) / "openshell",) if runtime and os.geteuid() != 0 else ()
-    return (Path("/run/openshell"), *named, Path(tempfile.gettempdir()))
+    always = (Path("/run/openshell"), *named)
+    try:
+        return (*always, Path(tempfile.gettempdir()))
+    except FileNotFoundError:  # no directory for temporary files can be written
+        return always
 
 
 def _check(base: Path) -> None:

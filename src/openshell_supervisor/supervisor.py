@@ -11,10 +11,12 @@ import gc
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
-from openshell_supervisor import imports, report
+from openshell_supervisor import home, imports, report
 from openshell_supervisor.ascent import climb, say_file_rules, state
 from openshell_supervisor.boundary.boundary import Boundary
+from openshell_supervisor.confine.baseline import FileRules
 from openshell_supervisor.confine.plan import Plan
 from openshell_supervisor.confine.separation import Code
 from openshell_supervisor.enforcement import Statement
@@ -103,8 +105,10 @@ async def _run_workload(
     settled.serving.add_done_callback(on_loss)
     warming: asyncio.Task[None] | None = None
     described = Process(settings.command[0], child.pid)
+    own_home = _home(sandbox)
     try:
-        request = {"op": "exec", "argv": list(settings.command), "env": _environment(sandbox, boundary)}
+        environment = _environment(sandbox, boundary, str(own_home or sandbox.identity.home))
+        request = {"op": "exec", "argv": list(settings.command), "env": environment}
         if settings.status_file is not None:
             report.write_status(settings.status_file, statement)
         if settled.code_in_reach:
@@ -128,6 +132,8 @@ async def _run_workload(
         left = await process.clear_away(mark, frozenset({guard.pid}))
         if left:
             log.warning("processes of the workload could not be ended", pids=left)
+        if own_home is not None:
+            await asyncio.to_thread(home.remove, own_home)
         guard.dismiss()
 
 
@@ -149,16 +155,36 @@ async def _warm(proxy: Proxy, sandbox: Sandbox) -> None:
     gc.enable()
 
 
-def _environment(sandbox: Sandbox, boundary: Boundary) -> dict[str, str]:
+def _home(sandbox: Sandbox) -> Path | None:
+    """A home made for this run, where the workload's own is not there or lies outside of the file rules; else None."""
+    identity, rules = sandbox.identity, _rules_that_hold(sandbox)
+    if "HOME" in sandbox.settings.user_variables or home.usable(identity.home, rules):
+        return None
+    made = home.make(identity, rules)
+    if made is not None:
+        note = f"{identity.home} is no home that the workload could use: it gets {made}, which is removed at the end"
+        sandbox.telemetry.config("validated", note, unmapped={"home": str(made)})
+    return made
+
+
+def _environment(sandbox: Sandbox, boundary: Boundary, its_home: str) -> dict[str, str]:
     sandbox.telemetry.config("enabled", "TLS termination enabled: ephemeral CA generated")
-    identity = sandbox.identity
-    return environ.workload_environment(
+    identity, rules = sandbox.identity, _rules_that_hold(sandbox)
+    block = environ.workload_environment(
         os.environ,
-        session=environ.Session(identity.user, identity.home, sandbox.terminal is not None),
+        session=environ.Session(identity.user, its_home, sandbox.terminal is not None),
         user_variables=sandbox.settings.user_variables,
         proxy_url=boundary.proxy_url,
         trust=sandbox.trust.result(),
     )
+    if rules is not None and "PATH" in block and "PATH" not in sandbox.settings.user_variables:
+        block["PATH"] = home.search_path(block["PATH"], rules)
+    return block
+
+
+def _rules_that_hold(sandbox: Sandbox) -> FileRules | None:
+    plan = sandbox.plan.result()
+    return None if plan.ruleset is None else plan.file_rules
 
 
 async def _signal_as(sandbox: Sandbox, group: int, number: int) -> None:

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -95,7 +96,8 @@ def test_the_kernel_grants_what_was_named_and_no_more(
     workdir: str | None,
     standing_in: str | None,
 ) -> None:
-    """In each generated tree every try succeeds exactly where a rule reaches; all the others answer EACCES."""
+    """In each generated tree every try succeeds exactly where a rule reaches; all the others answer EACCES. A path that a link
+    in a writable place leads out of it (the kernel's own word for where it is) is in no rule."""
     root = _grow(place, links)
     listed = [tuple(f"{root}/{path}" for path in paths) for paths in (read_only, read_write)]
     policy = SandboxPolicy(filesystem=FilesystemPolicy(None, *listed))
@@ -104,8 +106,14 @@ def test_the_kernel_grants_what_was_named_and_no_more(
         workdir=f"{root}/{workdir}" if workdir else None,
         standing_in=f"{root}/{standing_in}" if standing_in else "/",
     )
-    tries = list(_tries(root, made))
     with landlock.build(landlock.Rules(made.read_only, made.read_write)) as ruleset:
+        astray = {one.path for one in ruleset.skipped if "leads to" in one.reason}
+        held = replace(
+            made,
+            read_only=tuple(path for path in made.read_only if path not in astray),
+            read_write=tuple(path for path in made.read_write if path not in astray),
+        )
+        tries = list(_tries(root, held))
         seen = landlock_try(ruleset, *(one for one, _ in tries))
     wrong = [(one, answer) for (one, right), answer in zip(tries, seen, strict=True) if (answer == "ok") is not right]
     assert not wrong, made

@@ -16,13 +16,14 @@ import errno as errno_module
 import functools
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, NoReturn
 
 from openshell_supervisor.confine import landlock_abi as kernel
 from openshell_supervisor.confine.landlock_abi import Support, support
+from openshell_supervisor.confine.named_paths import Found, find, led_astray
 from openshell_supervisor.errors import ConfineError
 
 __all__ = ["Rules", "Ruleset", "Skipped", "Support", "build", "detail", "summary", "support"]
@@ -233,26 +234,25 @@ def _create(rules: Rules, found: Support, abi: int) -> Ruleset:
 def _add_paths(ruleset: Ruleset) -> None:
     """One rule per path that can be had; the others are noted, or in hard mode raised.
 
-    Writable places come first, the outermost before those inside: what a path may lead to depends on them.
+    All are opened before the first is added: where a path may be led depends on which places are writable.
     """
-    rules, on_files = ruleset.rules, _mask(kernel.NOT_A_DIRECTORY)
-    skipped = []
-    places: dict[str, str] = {}
-    for writable, paths in ((True, sorted(rules.read_write, key=len)), (False, rules.read_only)):
-        rights = ruleset.handled_fs if writable else _mask(kernel.READ_ONLY)
-        for path in paths:
-            try:
-                _add_path(ruleset.fd, path, rights & ruleset.handled_fs, on_files, writable, places)
-            except (OSError, ValueError) as error:
-                number = error.errno if isinstance(error, OSError) else None
-                reason = REASON_WORDS.get(number, UNEXPECTED) if number else str(error)
-                if rules.hard:
-                    _path_unavailable(path, reason, number, error)
-                skipped.append(Skipped(path, reason, number, number == errno_module.ENOENT))
-            else:
+    rules = ruleset.rules
+    asked = [(path, False) for path in rules.read_only] + [(path, True) for path in rules.read_write]
+    skipped: list[Skipped] = []
+    with contextlib.ExitStack() as stack:
+        found: list[tuple[str, bool, Found]] = []
+        for path, writable in asked:
+            with _leaving_out(path, rules, skipped):
+                one = find(path)
+                stack.callback(one.close)
+                found.append((path, writable, one))
+        places = [one.real for _, writable, one in found if writable and one.real != "/"]
+        for path, writable, one in found:
+            with _leaving_out(path, rules, skipped):
+                _add_path(ruleset, one, writable, places)
                 ruleset.applied += 1
-    asked = [*rules.read_only, *rules.read_write]
-    ruleset.skipped = tuple(sorted(skipped, key=lambda one: asked.index(one.path)))
+    order = {path: index for index, (path, _) in enumerate(asked)}
+    ruleset.skipped = tuple(sorted(skipped, key=lambda one: order[one.path]))
     if rules.paths and not ruleset.applied:
         raise ConfineError(
             f"Landlock: zero valid paths of {rules.paths}; refusing a ruleset that would deny every file",
@@ -263,44 +263,41 @@ def _add_paths(ruleset: Ruleset) -> None:
         )
 
 
-def _add_path(fd: int, path: str, rights: int, on_files: int, writable: bool, places: dict[str, str]) -> None:
-    """Open, look at the very object that was opened (so no swap in between counts), mask by its kind, add.
-
-    `places` are the writable rules so far, each with where it really is; a writable one is noted there. Raises OSError, or
-    ValueError for a path that is relative, holds a NUL, is led astray (`_led_astray`), or would make everything writable: under
-    whatever name, as a symbolic link to / for example, which the policy's own check of its text cannot see. `ConfineError` when
-    no path can be added at all.
-    """
-    if not path.startswith("/"):
-        raise ValueError("path is not absolute")
-    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+@contextlib.contextmanager
+def _leaving_out(path: str, rules: Rules, skipped: list[Skipped]) -> Iterator[None]:
+    """A path that cannot be had is noted in `skipped`; in hard mode it is an error."""
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISDIR(status.st_mode):
-            rights &= on_files
-        elif writable and os.path.samestat(status, os.stat("/")):
-            raise ValueError("path is the root directory")
-        real = os.readlink(f"/proc/self/fd/{descriptor}")
-        _led_astray(path, real, places)
-        if writable:
-            places[path] = real
-        kernel.add_path(fd, descriptor, rights)
+        yield
+    except (OSError, ValueError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        reason = REASON_WORDS.get(number, UNEXPECTED) if number else str(error)
+        if rules.hard:
+            _path_unavailable(path, reason, number, error)
+        skipped.append(Skipped(path, reason, number, number == errno_module.ENOENT))
+
+
+def _add_path(ruleset: Ruleset, found: Found, writable: bool, places: Sequence[str]) -> None:
+    """Look at the very object that was opened (so no swap in between counts), mask the rights by its kind, add.
+
+    Raises OSError, or ValueError for a path that a link in one of the writable `places` led out of it (a workload can plant links
+    there, and must not choose by one what the next workload may reach), or that would make everything writable: under whatever
+    name, as a symbolic link to / for example, which the policy's own check of its text cannot see. `ConfineError` when no path
+    can be added at all.
+    """
+    rights = (ruleset.handled_fs if writable else _mask(kernel.READ_ONLY)) & ruleset.handled_fs
+    place = led_astray(found, places)
+    if place:
+        raise ValueError(f"a link in the writable {place} leads to {found.real}")
+    if not stat.S_ISDIR(found.status.st_mode):
+        rights &= _mask(kernel.NOT_A_DIRECTORY)
+    elif writable and os.path.samestat(found.status, os.stat("/")):
+        raise ValueError("path is the root directory")
+    try:
+        kernel.add_path(ruleset.fd, found.descriptor, rights)
     except OSError as error:
         if error.errno in kernel.HINTS:  # not this path's fault: a filter around us forbids the call itself
             _failed("landlock_add_rule", error)
         raise
-    finally:
-        os.close(descriptor)
-
-
-def _led_astray(path: str, real: str, places: Mapping[str, str]) -> None:
-    """Raise ValueError for a path beneath a writable place that is really elsewhere.
-
-    A workload can plant links where it may write, and must not choose by one what the next workload may reach.
-    """
-    for place, there in places.items():
-        if path.startswith(f"{place}/") and not real.startswith(f"{there}/"):
-            raise ValueError(f"a link beneath the writable {place} leads to {real}")
 
 
 def _add_ports(ruleset: Ruleset) -> None:

@@ -102,9 +102,18 @@ def files(paths: tuple[Sequence[str], Sequence[str]], run_directory: Path) -> tu
 
 
 def _covers(path: str, rules: Iterable[str]) -> bool:
-    """Does one of these rules allow something on `path` or above it?"""
-    real = os.path.realpath(path)
-    return any(rule in ("/", real) or real.startswith(f"{rule}/") for rule in rules)
+    """Does one of these rules allow something on `path` or above it? By inode: a mount may show a directory twice."""
+    place = Path(os.path.realpath(path))
+    allowed = {_inode(Path(rule)) for rule in rules} - {None}
+    return any(_inode(one) in allowed for one in (place, *place.parents))
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from openshell_supervisor.workload.reaper import Reaper
 
 # The launcher starts in 20–45 ms; a loaded small machine has been seen to need two seconds.
 ANSWER_TIMEOUT = 20.0
+EXIT_PATIENCE = 1.0  # between the end of a launcher's socket and its exit status lie milliseconds
 # An answer is a few hundred bytes; the probe's is the largest with about 6 KiB.
 MAX_ANSWER_BYTES = 256 * 1024
 MAX_PASSED_DESCRIPTORS = 4  # the launcher passes two at most
@@ -70,9 +71,9 @@ class Child:
                 await self._send(json.dumps(request).encode() + b"\n", descriptors)
                 line, passed = await self._receive()
         except TimeoutError:
-            raise self._lost(str(request["op"]), f"no answer within {ANSWER_TIMEOUT:.0f} s") from None
+            raise await self._lost(str(request["op"]), f"no answer within {ANSWER_TIMEOUT:.0f} s") from None
         if line is None:
-            raise self._lost(str(request["op"]), "it ended before it answered")
+            raise await self._lost(str(request["op"]), "it ended before it answered")
         answer: dict[str, Any] = json.loads(line)
         if not answer["ok"]:
             _close_all(passed)
@@ -93,7 +94,7 @@ class Child:
                 await self._send(json.dumps(request).encode() + b"\n", ())
                 line, _ = await self._receive()
         except TimeoutError:
-            raise self._lost("exec", f"no answer within {ANSWER_TIMEOUT:.0f} s") from None
+            raise await self._lost("exec", f"no answer within {ANSWER_TIMEOUT:.0f} s") from None
         self._control.close()
         if line is not None:
             answer = json.loads(line)
@@ -114,9 +115,18 @@ class Child:
             except (ProcessLookupError, PermissionError):
                 pass  # gone already, or of another identity: it ends by itself, because its control socket is closed
 
-    def _lost(self, step: str, why: str) -> LaunchError:
-        status = f", exit status {self.exited.result()}" if self.exited.done() else ""
-        return LaunchError(f"the launcher failed in step '{step}': {why}{status}", code="launcher_lost", step=step)
+    async def _lost(self, step: str, why: str) -> LaunchError:
+        await asyncio.wait({self.exited}, timeout=EXIT_PATIENCE)
+        status = self.exited.result() if self.exited.done() else None
+        killed = status == -signal.SIGSYS
+        return LaunchError(
+            f"the launcher failed in step '{step}': {why}" + (f", exit status {status}" if status is not None else ""),
+            code="launcher_lost",
+            step=step,
+            hint="a seccomp profile around the container kills for a call of this step, where it should refuse it"
+            if killed
+            else "look for what ends processes here: limits, a seccomp profile, the kernel's log",
+        )
 
     async def _send(self, data: bytes, descriptors: Sequence[int]) -> None:
         loop = asyncio.get_running_loop()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Each constant with its header.
 CLONE_NEWNS = 0x00020000  # linux/sched.h
+CLONE_NEWIPC = 0x08000000  # linux/sched.h
 CLONE_NEWUSER = 0x10000000  # linux/sched.h
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 PR_SET_PDEATHSIG = 1  # linux/prctl.h, this one and the next eight

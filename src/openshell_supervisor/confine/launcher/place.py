@@ -9,6 +9,7 @@ import struct
 
 from openshell_supervisor.confine.launcher import privileges
 from openshell_supervisor.confine.launcher.kernel import (
+    CLONE_NEWIPC,
     CLONE_NEWNET,
     CLONE_NEWUSER,
     IFF_UP,
@@ -84,6 +85,7 @@ def make_user_namespace(identity: Request) -> list[list[object]]:
     prctl("dumpable", PR_SET_DUMPABLE, 1)
     held = os.getgroups()
     call("unshare(CLONE_NEWUSER|CLONE_NEWNET)", libc.unshare, CLONE_NEWUSER | CLONE_NEWNET)
+    libc.unshare(CLONE_NEWIPC)  # as in `separate`
     outcome: list[object] = ["userns", None, None]
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         try:
@@ -119,4 +121,5 @@ def listen(port: int, backlog: int) -> int:
 def separate(request: Request, descriptors: list[int]) -> Answer:
     """A user namespace: without one, a process may take descriptors out of any other of its user (pidfd_getfd(2))."""
     call("unshare(CLONE_NEWUSER)", libc.unshare, CLONE_NEWUSER)
+    libc.unshare(CLONE_NEWIPC)  # System V and POSIX queues and segments of its own, where that can be had
     return {}, []

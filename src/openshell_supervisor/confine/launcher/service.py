@@ -106,11 +106,13 @@ def main() -> NoReturn:
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
     )  # a signal meant for the workload ends the launcher without a traceback
-    if libc.close_range(CONTROL_FD, ctypes.c_uint(0xFFFFFFFF), CLOSE_RANGE_CLOEXEC) < 0:
-        for name in os.listdir("/proc/self/fd"):
-            if int(name) >= CONTROL_FD:
-                try:
-                    os.set_inheritable(int(name), False)
-                except OSError:
-                    pass
+    libc.close_range(CONTROL_FD, ctypes.c_uint(0xFFFFFFFF), CLOSE_RANGE_CLOEXEC)
+    for name in os.listdir(
+        "/proc/self/fd"
+    ):  # where the call is missing, or a filter around us only says that it worked
+        if int(name) >= CONTROL_FD:
+            try:
+                os.set_inheritable(int(name), False)
+            except OSError:
+                pass  # it was this listing's own
     serve(socket.socket(fileno=CONTROL_FD))

@@ -187,3 +187,26 @@ def test_the_directory_of_the_trust_files_is_not_opened_with_them(field: pathlib
     command = ["sh", "-c", f'head -1 "$SSL_CERT_FILE"; cat {field}/hidden/f; ls {field}/hidden']
     ran = product.run(command, policy=policy(), env=where, wrap=own)
     assert ran.out == "-----BEGIN CERTIFICATE-----\n", ran.err
+
+
+# --- a workload that keeps uid 0 ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+@still_open("only the topmost mount of a kernel directory is made read-only")
+def test_mounts_beneath_kernel_settings_are_read_only_too() -> None:
+    """/proc/sys/fs/binfmt_misc and cgroup v1 are mounts of their own: writable for uid 0 by mode, and not to be called enforced."""
+    name = "/proc/sys/fs/register"
+    prepare = f'mount -t tmpfs none /proc/sys/fs && touch {name} && exec "$@"'
+    caps = ("setuid", "setgid", "sys_admin")
+    wrap: Wrap = lambda argv: ["unshare", "-m", "sh", "-c", prepare, "sh", *hosts.without_caps(argv, *caps)]  # noqa: E731
+    code = (
+        "import os\n"
+        f"for name in '/proc/sys/kernel/core_pattern', {name!r}:\n"
+        "    try: os.open(name, os.O_WRONLY); print('opened')\n"
+        "    except OSError as error: print(error.errno)"
+    )
+    ran = product.run([sys.executable, "-I", "-c", code], wrap=wrap)
+    pattern, beneath = ran.out.split()
+    assert pattern != "opened", ran.err
+    assert beneath != "opened" or ran.layer("network")["state"] != "enforced", ran.err

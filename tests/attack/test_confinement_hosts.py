@@ -195,7 +195,7 @@ def test_the_directory_of_the_trust_files_is_not_opened_with_them(field: pathlib
 @pytest.mark.root
 @still_open("only the topmost mount of a kernel directory is made read-only")
 def test_mounts_beneath_kernel_settings_are_read_only_too() -> None:
-    """/proc/sys/fs/binfmt_misc and cgroup v1 are mounts of their own: writable for uid 0 by mode, and not to be called enforced."""
+    """binfmt_misc and cgroup v1 are mounts of their own: uid 0 may write them by mode, and that is not called enforced."""
     name = "/proc/sys/fs/register"
     prepare = f'mount -t tmpfs none /proc/sys/fs && touch {name} && exec "$@"'
     caps = ("setuid", "setgid", "sys_admin")

@@ -62,6 +62,17 @@ def say_file_rules(sandbox: Sandbox, plan: Plan) -> None:
             )
 
 
+def say_terminals(sandbox: Sandbox, settled: Settled) -> None:
+    """A workload of the supervisor's own user that could not be given terminals of its own reaches those of its user."""
+    if settled.confined.answer.get("terminals") is False:
+        sandbox.telemetry.config(
+            "validated",
+            "The workload can open the other terminals of its user: read what is typed there, and write to them",
+            severity=Severity.MEDIUM,
+            unmapped={"warning": "shared_terminals"},
+        )
+
+
 async def climb(sandbox: Sandbox) -> tuple[Ascent, Enforcement | None]:
     """The rung that holds, and the network's entry where it is not the rung's to say: declared external, or tolerated."""
     settings = sandbox.settings

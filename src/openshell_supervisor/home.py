@@ -6,6 +6,7 @@ in PATH, though a later one may be run (Landlock answers EACCES at open and exec
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -36,6 +37,7 @@ def make(identity: Identity, rules: FileRules | None) -> Path | None:
         return None
     try:
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=SHARED))
+        _lock(path)  # held until this process ends, by whatever means
         if identity.uid != os.geteuid():
             os.chown(path, identity.uid, identity.gid)
     except OSError:
@@ -43,9 +45,28 @@ def make(identity: Identity, rules: FileRules | None) -> Path | None:
     return path
 
 
-def remove(path: Path) -> None:
-    """Remove it with all that the workload left in it. Follows no symbolic link; what cannot be removed stays."""
+def remove(path: Path, uid: int) -> None:
+    """Remove it with all that the workload left in it, and the homes of that user whose supervisors were killed: nobody holds
+    their lock. Follows no symbolic link; what cannot be removed stays. Blocks, for as long as a workload made it big."""
     shutil.rmtree(path, ignore_errors=True)
+    for other in Path(SHARED).glob(f"{PREFIX}*"):
+        try:
+            if other.lstat().st_uid == uid:
+                os.close(_lock(other))
+                shutil.rmtree(other, ignore_errors=True)
+        except OSError:
+            continue  # its supervisor lives, or it is no directory
+
+
+def _lock(path: Path) -> int:
+    """The directory, locked for as long as the descriptor is open. Raises OSError where somebody else holds it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def search_path(path: str, rules: FileRules) -> str:

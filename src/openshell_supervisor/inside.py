@@ -66,12 +66,13 @@ async def settle(sandbox: Sandbox, boundary: Boundary, child: Child, *, insist: 
     proxy.answer_probe(nonce)
     serving = asyncio.create_task(proxy.serve(boundary.listener), name="proxy")
     settled = Settled(proxy, serving, egress, {}, Confined({}, {}))
+    masters: list[int] = []
     try:
         separated = await _separate(boundary, child)
         code = out_of_reach(sandbox.identity) if boundary.isolated else Code()
         plan = await sandbox.plan
         with canary(plan.canary):
-            answer, _ = await child.ask(confine_request(sandbox, code, plan), plan.descriptors())
+            answer, masters = await child.ask(confine_request(sandbox, code, plan), plan.descriptors())
             finding = await probe.inspect(boundary, child, nonce, [one.request for one in plan.tries])
         separated = separated and answer["user_namespace"] != user_namespace()
         settled.user_namespace = answer["user_namespace"] if separated else 0
@@ -93,8 +94,12 @@ async def settle(sandbox: Sandbox, boundary: Boundary, child: Child, *, insist: 
         if boundary.watch is not None:
             boundary.watch()
     except BaseException:
+        for master in masters:
+            os.close(master)
         await stop_proxy(settled)
         raise
+    if sandbox.terminal is not None and masters:
+        sandbox.terminal.adopt(masters[0])
     return settled
 
 
@@ -152,12 +157,15 @@ def _exposed(sandbox: Sandbox, child: Child) -> str:
 def confine_request(sandbox: Sandbox, code: Code, plan: Plan) -> dict[str, Any]:
     """The launcher's `confine` request for this sandbox; `code` is what must be out of the workload's reach. The plan's
     descriptors go beside it."""
+    planned = plan.request()
+    if planned["terminals"] is not None:
+        planned["terminals"]["own"] = sandbox.terminal is not None
     return {
         "op": "confine",
         "identity": sandbox.identity.as_plan(),
         "read_only": list(code.directories),
         "anchors": list(code.anchors),
-        **plan.request(),
+        **planned,
         "open_files": sandbox.open_files,
         "cwd": str(sandbox.settings.workdir) if sandbox.settings.workdir else None,
         "die_with_parent": True,

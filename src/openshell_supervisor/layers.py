@@ -93,7 +93,7 @@ def filesystem(plan: Plan, confined: Confined, handler: FailureHandler) -> Enfor
     if plan.file_rules_error is not None:
         return handler.file_rules_failed(plan.file_rules_error, hard=plan.hard)
     if plan.ruleset is None:
-        return Enforcement(layer, State.OFF, "the policy has no file rules", asked=False)
+        return Enforcement(layer, State.OFF, "the policy has no file rules", asked=False, detail=_terminals(confined))
     refused = confined.answer["landlock"]
     if refused:
         error = ConfineError(
@@ -112,6 +112,7 @@ def filesystem(plan: Plan, confined: Confined, handler: FailureHandler) -> Enfor
         **landlock.detail(plan.ruleset),
         "extent": word,
         "never_mediated": NEVER_MEDIATED,
+        **_terminals(confined),
         **_probed(confined, seen),
     }
     reason = _not_shown(confined, seen, "no place outside of the file rules could be tried")
@@ -123,6 +124,12 @@ def filesystem(plan: Plan, confined: Confined, handler: FailureHandler) -> Enfor
             layer, f"this kernel does not mediate {', '.join(lacking)}; {sentence}", detail, hard=plan.hard
         )
     return Enforcement(layer, State.ENFORCED, f"{word}: {sentence}", detail=detail)
+
+
+def _terminals(confined: Confined) -> dict[str, object]:
+    """Whether the other terminals of the workload's user are out of its reach; nothing where their modes see to that."""
+    private = confined.answer.get("terminals")
+    return {} if private is None else {"terminals": "private" if private else "shared"}
 
 
 def _unproven(layer: Layer, reason: str, detail: dict[str, object], *, hard: bool) -> Enforcement:

@@ -84,7 +84,7 @@ async def prepared(
         stack.callback(_discard_all, launchers)
         authority = asyncio.create_task(asyncio.to_thread(finish, begun))
         trust = asyncio.create_task(_write_trust(settings, authority, directory))
-        plan = asyncio.create_task(_plan(settings, policy, directory, trust))
+        plan = asyncio.create_task(_plan(settings, policy, directory, trust, same_user=identity.uid == os.geteuid()))
         failures = FailureHandler(telemetry, settings.best_effort, settings.external)
         sandbox = Sandbox(
             settings,
@@ -117,7 +117,7 @@ async def _write_trust(
 
 
 async def _plan(
-    settings: Settings, policy: SandboxPolicy, directory: Path, trust: asyncio.Task[environ.Trust]
+    settings: Settings, policy: SandboxPolicy, directory: Path, trust: asyncio.Task[environ.Trust], *, same_user: bool
 ) -> plans.Plan:
     """The launcher's plan, once the files exist that its file rules name."""
     files = await trust
@@ -131,6 +131,7 @@ async def _plan(
         standing_in=_standing_in(),
         skip=settings.external,
         self_probe=settings.self_probe,
+        same_user=same_user,
     )
     return await asyncio.to_thread(plans.make, wishes, workload_filters)
 

@@ -30,6 +30,7 @@ def create(chosen: Path | None, environment: Mapping[str, str]) -> Path:
     candidates = [chosen] if chosen is not None else list(_defaults(environment))
     refusals = []
     for base in candidates:
+        path = None
         try:
             if base.name == "openshell" or chosen is not None:
                 base.mkdir(mode=0o755, exist_ok=True)
@@ -40,6 +41,8 @@ def create(chosen: Path | None, environment: Mapping[str, str]) -> Path:
             fcntl.flock(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), fcntl.LOCK_EX)
             path.chmod(0o755)
         except OSError as error:
+            if path is not None:
+                remove(path)
             refusals.append(f"{base}: {error.strerror or error}")
             continue
         return path

@@ -362,7 +362,7 @@ def _netlink(text: str) -> Netlink | None:
     if not text:
         return None
     return {"1": Netlink.ALLOWED, "true": Netlink.ALLOWED, "yes": Netlink.ALLOWED, "route": Netlink.ROUTE}.get(
-        text.strip().lower(), Netlink.DENIED
+        text.lower(), Netlink.DENIED
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from openshell_supervisor import home, imports, report
-from openshell_supervisor.ascent import climb, say_file_rules, state
+from openshell_supervisor.ascent import climb, say_file_rules, say_terminals, state
 from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.confine.baseline import FileRules
 from openshell_supervisor.confine.plan import Plan
@@ -32,6 +32,10 @@ from openshell_supervisor.telemetry.plain_log import LateLogger, configure_plain
 from openshell_supervisor.workload import environ, process
 from openshell_supervisor.workload.child import Child
 from openshell_supervisor.workload.guard import Mark
+
+# A workload may have filled its home for hours of unlinking, and `podman stop` waits for ten seconds in all; what is left is
+# removed by the next run's end.
+HOME_REMOVAL_SECONDS = 1.0
 
 log = LateLogger("openshell_supervisor.supervisor")
 
@@ -76,6 +80,7 @@ async def _live(sandbox: Sandbox) -> int:
     say_file_rules(sandbox, await sandbox.plan)
     ascent, network = await climb(sandbox)
     try:
+        say_terminals(sandbox, ascent.settled)
         statement = await state(sandbox, ascent, network)
         report.announce(statement, ascent.failures, sandbox.telemetry)
         STDERR.write(statement.table())
@@ -133,7 +138,8 @@ async def _run_workload(
         if left:
             log.warning("processes of the workload could not be ended", pids=left)
         if own_home is not None:
-            await asyncio.to_thread(home.remove, own_home)
+            removal = asyncio.create_task(asyncio.to_thread(home.remove, own_home, sandbox.identity.uid))
+            await asyncio.wait({removal}, timeout=HOME_REMOVAL_SECONDS)
         guard.dismiss()
 
 

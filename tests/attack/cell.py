@@ -23,11 +23,6 @@ Wrap = Callable[[list[str]], list[str]]
 OWN = sorted({str(PROGRAM.parent), sys.prefix, sys.base_prefix})
 
 
-def still_open(finding: str) -> pytest.MarkDecorator:
-    """The attack succeeds today; the mark fails on the day on which it does not, and goes then."""
-    return pytest.mark.xfail(strict=True, reason=f"open: {finding}")
-
-
 def own(argv: list[str]) -> list[str]:
     """As a plain user: supervisor and workload are the same one."""
     return hosts.unprivileged(argv, uid=arena.UID)

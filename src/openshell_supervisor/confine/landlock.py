@@ -190,6 +190,12 @@ def detail(ruleset: Ruleset) -> dict[str, object]:
     }
 
 
+def terminal_rights(ruleset: Ruleset, *, writable: bool) -> tuple[int, int]:
+    """The bit masks for the launcher's own rules: what is allowed in the directory of terminals, and on one of them. Pure."""
+    rights = ruleset.handled_fs if writable else ruleset.handled_fs & _mask(kernel.READ_ONLY)
+    return rights, rights & _mask(kernel.NOT_A_DIRECTORY)
+
+
 def _ports(ports: tuple[int, ...] | None) -> str:
     return f"port {', '.join(map(str, ports))} only" if ports else "no port"
 

@@ -24,7 +24,8 @@ from openshell_supervisor.policy.model import Netlink, SandboxPolicy
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """What the plan is made from. `readable` are files of the supervisor's that the workload reads, `directory` is the run's own;
-    `skip` names the layers that are not ours; `workdir` and `standing_in` are as in `baseline.file_rules`."""
+    `skip` names the layers that are not ours; `workdir` and `standing_in` are as in `baseline.file_rules`. `same_user`: the
+    workload has the supervisor's uid, so no file's mode keeps it from the other terminals of that user."""
 
     policy: SandboxPolicy
     netlink: Netlink
@@ -34,6 +35,7 @@ class Wishes:
     standing_in: str = "/"
     skip: frozenset[Layer] = frozenset()
     self_probe: bool = True
+    same_user: bool = False
 
 
 @dataclass(slots=True)
@@ -51,6 +53,7 @@ class Plan:
     filters_error: ConfineError | None = None
     tries: list[selfprobe.Try] = field(default_factory=list)
     canary: Path | None = None
+    own_terminals: bool = False
 
     def request(self) -> dict[str, Any]:
         """The plan's part of the `confine` request; the ruleset's descriptor goes beside it."""
@@ -60,9 +63,18 @@ class Plan:
             filters["workload"] = [program.hex() for program in self.workload_filters]
         return {
             "controls": [one.request for one in selfprobe.controls(self.tries)],
+            "terminals": self._terminals() if self.own_terminals else None,
             "landlock": None if entered is None else {"flags": entered.restrict_flags},
             "filters": filters,
         }
+
+    def _terminals(self) -> dict[str, int]:
+        """The rules that only the launcher can add, once it has mounted another /dev/pts; 0 for none."""
+        directory, file = 0, 0
+        if self.ruleset is not None and self.file_rules is not None and self.file_rules.terminals:
+            writable = self.file_rules.terminals == "read_write"
+            directory, file = landlock.terminal_rights(self.ruleset, writable=writable)
+        return {"directory_rights": directory, "file_rights": file}
 
     def descriptors(self) -> list[int]:
         """What is passed beside the `confine` request."""
@@ -78,7 +90,7 @@ class Plan:
 
 def make(wishes: Wishes, filters: Callable[[FilterOptions], tuple[bytes, ...]]) -> Plan:
     """The plan of one run; `filters` makes the workload's programs and may raise `ConfineError`. Raises nothing. Blocks."""
-    plan = Plan()
+    plan = Plan(own_terminals=wishes.same_user and Layer.FILESYSTEM not in wishes.skip)
     if Layer.FILESYSTEM not in wishes.skip and baseline.asked(wishes.policy):
         _plan_files(plan, wishes)
     if plan.ruleset is None and Layer.FILESYSTEM not in wishes.skip:
@@ -98,6 +110,7 @@ def _plan_files(plan: Plan, wishes: Wishes) -> None:
         workdir=wishes.workdir,
         standing_in=wishes.standing_in,
         readable=tuple(str(path) for path in wishes.readable),
+        own_terminals=plan.own_terminals,
     )
     try:
         plan.ruleset = landlock.build(Rules(rules.read_only, rules.read_write, hard=plan.hard))

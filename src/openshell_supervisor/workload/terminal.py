@@ -45,10 +45,27 @@ class Terminal:
             size = fcntl.ioctl(self._outside, termios.TIOCGWINSZ, size)
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, size)
 
+    def adopt(self, master: int) -> None:
+        """Relay `master` (owned from now on) instead: the launcher made the workload's terminal anew, among its own."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._master)
+        os.close(self._master)
+        os.set_blocking(master, False)
+        self._master = master
+        self.resize()
+        loop.add_reader(master, self._from_workload)
+
     def started(self) -> None:
-        """The workload holds the slave now: close ours, so that its end is seen."""
+        """The workload holds the slave now: close ours, so that its end is seen, and pass on what was typed meanwhile."""
         os.close(self.slave)
         self.slave = -1
+        loop = asyncio.get_running_loop()
+        try:
+            loop.add_reader(0, self._to_workload)
+        except PermissionError:  # epoll takes no regular file and no /dev/null
+            if stat.S_ISREG(os.fstat(0).st_mode):
+                loop.call_soon(self._feed_file)
+            # With /dev/null nobody is attached: the session waits, as a driver expects of its main process.
 
     def __enter__(self) -> Terminal:
         loop = asyncio.get_running_loop()
@@ -57,12 +74,6 @@ class Terminal:
             tty.setraw(self._outside)
             loop.add_signal_handler(signal.SIGWINCH, self.resize)
         loop.add_reader(self._master, self._from_workload)
-        try:
-            loop.add_reader(0, self._to_workload)
-        except PermissionError:  # epoll takes no regular file and no /dev/null
-            if stat.S_ISREG(os.fstat(0).st_mode):
-                loop.call_soon(self._feed_file)
-            # With /dev/null nobody is attached: the session waits, as a driver expects of its main process.
         return self
 
     def __exit__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 
 from openshell_supervisor.confine.launcher.kernel import (
     CLONE_NEWNS,
@@ -13,9 +14,13 @@ from openshell_supervisor.confine.launcher.kernel import (
     MS_REC,
     MS_REMOUNT,
     libc,
+    system_call,
 )
 
-MS_SLAVE = 1 << 19  # linux/mount.h
+MS_PRIVATE, MS_SLAVE = 1 << 18, 1 << 19  # linux/mount.h, as the next
+MOUNT_ATTR_RDONLY = 1
+SYS_MOUNT_SETATTR = 442  # asm-generic/unistd.h: the same on every architecture
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000  # linux/fcntl.h
 _own: list[bool] = []  # whether the namespace could be had, once that was tried
 
 
@@ -44,11 +49,11 @@ def stand_anew(wanted: str | None, mounted: bool) -> None:
 
 
 def protect(paths: list[str], anchors: list[str]) -> bool:
-    """Make directories read-only in a mount namespace of our own, best effort; True when every one of them is.
+    """Make directories read-only, with every mount in them, in a mount namespace of our own; True when every one of them is.
 
     `anchors`, the directories above them, become mount points too: a mount point cannot be renamed away (rename(2), EBUSY).
     """
-    paths = [path for path in paths if not os.statvfs(path).f_flag & MS_RDONLY]
+    paths = [path for path in paths if writable_mounts(path)]
     if not paths:
         return True
     if not own_namespace():
@@ -57,9 +62,55 @@ def protect(paths: list[str], anchors: list[str]) -> bool:
         name = os.fsencode(path)
         if libc.mount(name, name, None, ctypes.c_ulong(MS_BIND | MS_REC), None) < 0:
             return False
-    for path in paths:
-        flags = sum(twin for flag, twin in LOCKED_FLAGS if os.statvfs(path).f_flag & flag)
+    return all(make_read_only(path) for path in paths)
+
+
+def make_read_only(path: str) -> bool:
+    """Every mount at and beneath `path` becomes read-only, and none arrives later from outside. Answers what is so afterwards."""
+    name = os.fsencode(path)
+    libc.mount(None, name, None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None)
+    # struct mount_attr {attr_set, attr_clr, propagation, userns_fd}, Linux 5.12; where it is missing, one mount after the other.
+    wanted = ctypes.create_string_buffer(struct.pack("=QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0), 32)
+    place = ctypes.create_string_buffer(name)
+    system_call(
+        SYS_MOUNT_SETATTR, AT_FDCWD, ctypes.addressof(place), AT_RECURSIVE, ctypes.addressof(wanted), len(wanted)
+    )
+    for left in writable_mounts(path):
+        flags = sum(twin for flag, twin in LOCKED_FLAGS if os.statvfs(left).f_flag & flag)
         remount = ctypes.c_ulong(MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
-        if libc.mount(None, os.fsencode(path), None, remount, None) < 0 or not os.statvfs(path).f_flag & MS_RDONLY:
+        if libc.mount(None, os.fsencode(left), None, remount, None) < 0:
             return False
-    return True
+    return not writable_mounts(path)
+
+
+def writable_mounts(path: str) -> list[str]:
+    """`path`, and the mount points beneath it, as far as they are not read-only."""
+    beneath = (place for _, place, _ in mounted() if place.startswith(f"{path}/"))
+    return [place for place in (path, *beneath) if not read_only(place)]
+
+
+def read_only(place: str) -> bool:
+    """True for a mount that is, and for one that cannot be looked at: it is covered by another, or not ours to enter."""
+    try:
+        return bool(os.statvfs(place).f_flag & MS_RDONLY)
+    except OSError:
+        return True
+
+
+def mounted() -> list[tuple[int, str, str]]:
+    """What is mounted: device number, mount point and type of file system (proc_pid_mountinfo(5))."""
+    found = []
+    with open("/proc/self/mountinfo", errors="surrogateescape") as table:
+        for line in table:
+            fields = line.split()
+            major, minor = fields[2].split(":")
+            kind = fields[fields.index("-", 6) + 1]
+            found.append((os.makedev(int(major), int(minor)), unescaped(fields[4]), kind))
+    return found
+
+
+def unescaped(path: str) -> str:
+    """A path of mountinfo, in which space, tab, newline and backslash are written in octal."""
+    for code in ("040", "011", "012", "134"):
+        path = path.replace(f"\\{code}", chr(int(code, 8)))
+    return path

@@ -69,23 +69,9 @@ def make_private() -> tuple[bool, bool]:
 
 
 def instances() -> tuple[list[str], set[int]]:
-    """Where a devpts or a file of one is mounted, and their device numbers (proc_pid_mountinfo(5))."""
-    places, devices = list[str](), set[int]()
-    with open("/proc/self/mountinfo", errors="surrogateescape") as table:
-        for line in table:
-            fields = line.split()
-            if fields[fields.index("-", 6) + 1] == "devpts":
-                major, minor = fields[2].split(":")
-                devices.add(os.makedev(int(major), int(minor)))
-                places.append(unescaped(fields[4]))
-    return places, devices
-
-
-def unescaped(path: str) -> str:
-    """A path of mountinfo, in which space, tab, newline and backslash are written in octal."""
-    for code in ("040", "011", "012", "134"):
-        path = path.replace(f"\\{code}", chr(int(code, 8)))
-    return path
+    """Where a devpts or a file of one is mounted, and their device numbers."""
+    found = [(device, place) for device, place, kind in mounts.mounted() if kind == "devpts"]
+    return [place for _, place in found], {device for device, _ in found}
 
 
 def shows(place: str, devices: set[int]) -> bool:

@@ -27,6 +27,8 @@ import pytest
 
 import hosts
 from openshell_supervisor.confine import launcher
+from openshell_supervisor.confine.baseline import FileRules, file_rules
+from openshell_supervisor.policy.model import FilesystemPolicy, SandboxPolicy
 from openshell_supervisor.workload.child import Child
 from openshell_supervisor.workload.reaper import Reaper
 
@@ -334,6 +336,38 @@ def test_an_outer_terminal_can_be_reopened_where_one_was_given(open_tmp: pathlib
     os.close(master)
     assert done.returncode == 0, shown
     assert b"\nwarned" in shown
+
+
+@pytest.mark.parametrize(
+    ("section", "wanted"),
+    [
+        (FilesystemPolicy(), "read_write"),
+        (FilesystemPolicy(read_write=("/dev/pts/",)), "read_write"),
+        (FilesystemPolicy(read_only=("/dev/pts",)), "read_only"),
+        (FilesystemPolicy(read_only=("/dev/pts/7",)), ""),
+    ],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_the_rule_is_left_to_the_launcher(section: FilesystemPolicy, wanted: str, there: bool) -> None:
+    """However /dev/pts is listed, it leaves the lists and only they; where it does not exist, they are as ever."""
+
+    def made(own: bool) -> FileRules:
+        return file_rules(
+            SandboxPolicy(filesystem=section),
+            workdir=None,
+            standing_in="/",
+            own_terminals=own,
+            exists=lambda path: there or not path.startswith("/dev/pts"),
+            real=str,
+        )
+
+    plain, left = made(False), made(True)
+    assert plain.terminals == ""
+    assert left.terminals == (wanted if there else "")
+    moved = ("/dev/pts",) if there and wanted else ()
+    for name in ("read_only", "read_write", "added"):
+        assert getattr(left, name) == tuple(path for path in getattr(plain, name) if path not in moved)
+    assert left.notes == plain.notes
 
 
 @needs_root

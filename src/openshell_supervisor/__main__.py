@@ -1,7 +1,13 @@
-"""`python -m openshell_supervisor`, the same as the console script."""
+"""`python -m openshell_supervisor`: the same as the console script."""
 
+import os
 import sys
 
-from openshell_supervisor.cli import main
+# `python -m` puts the working directory first on the search path. Nothing of ours may come from where a workload works.
+if sys.path[0] == os.getcwd() and not __file__.startswith(f"{sys.path[0]}{os.sep}"):
+    del sys.path[0]
 
-sys.exit(main())
+from openshell_supervisor.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,12 +10,13 @@ import secrets
 
 from openshell_supervisor import layers
 from openshell_supervisor.boundary import ladder
+from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.confine import prelude
 from openshell_supervisor.confine.failure import Subsystem
 from openshell_supervisor.confine.plan import Plan
 from openshell_supervisor.enforcement import Enforcement, Layer, Statement
 from openshell_supervisor.errors import BoundaryError, ConfineError
-from openshell_supervisor.inside import Settled, settle
+from openshell_supervisor.inside import NAMED_SOCKETS, Settled, settle
 from openshell_supervisor.sandbox import Sandbox
 from openshell_supervisor.telemetry.events import Severity
 from openshell_supervisor.telemetry.plain_log import LateLogger
@@ -60,6 +61,18 @@ def say_file_rules(sandbox: Sandbox, plan: Plan) -> None:
                 path=skipped.path,
                 error=skipped.reason,
             )
+
+
+def say_sockets(sandbox: Sandbox, plan: Plan, boundary: Boundary) -> None:
+    """Programs outside that listen on paths are out of reach now, which a workload that wanted one would not understand."""
+    if plan.sockets and boundary.isolated:
+        shown = ", ".join(plan.sockets[:NAMED_SOCKETS]) + (" …" if len(plan.sockets) > NAMED_SOCKETS else "")
+        sandbox.telemetry.config(
+            "covered",
+            "Sockets of programs outside cannot be connected to; name a path in filesystem_policy to allow it",
+            count=len(plan.sockets),
+            paths=shown,
+        )
 
 
 def say_terminals(sandbox: Sandbox, settled: Settled) -> None:

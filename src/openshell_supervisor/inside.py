@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from openshell_supervisor.boundary import probe
 from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.confine.identity import effective_capabilities
 from openshell_supervisor.confine.plan import Plan
-from openshell_supervisor.confine.selfprobe import canary, judge
+from openshell_supervisor.confine.selfprobe import NOTHING, Seen, canary, judge
 from openshell_supervisor.confine.separation import (
     Code,
     can_map,
@@ -27,6 +28,7 @@ from openshell_supervisor.confine.separation import (
     user_namespace,
     write_identity_maps,
 )
+from openshell_supervisor.enforcement import Layer
 from openshell_supervisor.errors import BoundaryError, LaunchError
 from openshell_supervisor.layers import Confined
 from openshell_supervisor.proxy.frontend import Proxy, ProxyOptions
@@ -35,6 +37,7 @@ from openshell_supervisor.workload.child import Child
 
 # After the workload's end, live exchanges have nobody left to answer; this is for the last events only.
 PROXY_DRAIN_SECONDS = 1.0
+NAMED_SOCKETS = 4  # so many paths make a sentence; the status file has them all
 
 
 @dataclass(slots=True)
@@ -72,7 +75,9 @@ async def settle(sandbox: Sandbox, boundary: Boundary, child: Child, *, insist: 
         code = out_of_reach(sandbox.identity) if boundary.isolated else Code()
         plan = await sandbox.plan
         with canary(plan.canary):
-            answer, masters = await child.ask(confine_request(sandbox, code, plan), plan.descriptors())
+            answer, masters = await child.ask(
+                confine_request(sandbox, code, plan, cover=boundary.isolated), plan.descriptors()
+            )
             finding = await probe.inspect(boundary, child, nonce, [one.request for one in plan.tries])
         separated = separated and answer["user_namespace"] != user_namespace()
         settled.user_namespace = answer["user_namespace"] if separated else 0
@@ -84,11 +89,12 @@ async def settle(sandbox: Sandbox, boundary: Boundary, child: Child, *, insist: 
         if not finding.tight:
             what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
             raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
-        settled.gaps += finding.gaps
+        settled.gaps += (*finding.gaps, *_open_sockets(plan, seen))
         settled.evidence = {
             **boundary.detail,
             **finding.detail,
             "user_namespace": separated,
+            "sockets_covered": len(plan.sockets) if boundary.isolated else 0,
             "gaps": list(settled.gaps),
         }
         if boundary.watch is not None:
@@ -141,6 +147,17 @@ def _gaps(sandbox: Sandbox, child: Child, separated: bool, code: Code, answer: d
     return tuple(gaps)
 
 
+def _open_sockets(plan: Plan, seen: Mapping[Layer, Seen]) -> tuple[str, ...]:
+    """Sockets of programs outside that the workload could connect to by their paths."""
+    if plan.sockets_unknown:
+        return (f"sockets that programs outside have bound to paths cannot be told ({plan.sockets_unknown})",)
+    reached = [name for name, outcome in seen.get(Layer.NETWORK, NOTHING).tried.items() if outcome == "succeeded"]
+    if not reached:
+        return ()
+    more = f" and {len(reached) - NAMED_SOCKETS} more" if len(reached) > NAMED_SOCKETS else ""
+    return (f"it can connect to sockets of programs outside ({', '.join(reached[:NAMED_SOCKETS])}{more})",)
+
+
 def _exposed(sandbox: Sandbox, child: Child) -> str:
     """Why a workload without user namespace and Landlock domain can act through another process; empty where there is none."""
     uid = sandbox.identity.uid
@@ -154,10 +171,10 @@ def _exposed(sandbox: Sandbox, child: Child) -> str:
     )
 
 
-def confine_request(sandbox: Sandbox, code: Code, plan: Plan) -> dict[str, Any]:
-    """The launcher's `confine` request for this sandbox; `code` is what must be out of the workload's reach. The plan's
-    descriptors go beside it."""
-    planned = plan.request()
+def confine_request(sandbox: Sandbox, code: Code, plan: Plan, *, cover: bool = False) -> dict[str, Any]:
+    """The launcher's `confine` request for this sandbox; `code` is what must be out of the workload's reach, and with `cover` the
+    sockets of programs outside too. The plan's descriptors go beside it."""
+    planned = {**plan.request(), "cover": plan.sockets if cover else []}
     if planned["terminals"] is not None:
         planned["terminals"]["own"] = sandbox.terminal is not None
     return {

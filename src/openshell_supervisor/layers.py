@@ -123,6 +123,8 @@ def filesystem(plan: Plan, confined: Confined, handler: FailureHandler) -> Enfor
         return _unproven(
             layer, f"this kernel does not mediate {', '.join(lacking)}; {sentence}", detail, hard=plan.hard
         )
+    if detail.get("terminals") == "shared":
+        sentence += "; it shares the terminals of its user"
     return Enforcement(layer, State.ENFORCED, f"{word}: {sentence}", detail=detail)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from openshell_supervisor import home, imports, report
-from openshell_supervisor.ascent import climb, say_file_rules, say_terminals, state
+from openshell_supervisor.ascent import climb, say_file_rules, say_sockets, say_terminals, state
 from openshell_supervisor.boundary.boundary import Boundary
 from openshell_supervisor.confine.baseline import FileRules
 from openshell_supervisor.confine.plan import Plan
@@ -81,6 +81,7 @@ async def _live(sandbox: Sandbox) -> int:
     ascent, network = await climb(sandbox)
     try:
         say_terminals(sandbox, ascent.settled)
+        say_sockets(sandbox, await sandbox.plan, ascent.boundary)
         statement = await state(sandbox, ascent, network)
         report.announce(statement, ascent.failures, sandbox.telemetry)
         STDERR.write(statement.table())

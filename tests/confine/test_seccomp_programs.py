@@ -44,7 +44,7 @@ UPSTREAM_DENIED = [
 OUR_DENIED = [
     "mount_setattr", "open_tree_attr", "io_uring_enter", "io_uring_register", "add_key", "request_key", "keyctl",
     "kcmp", "process_madvise", "memfd_secret", "init_module", "finit_module", "delete_module", "kexec_load",
-    "kexec_file_load", "open_by_handle_at",
+    "kexec_file_load", "open_by_handle_at", "syslog",
 ]  # fmt: skip
 CONDITIONAL = {"socket", "socketpair", "clone", "unshare", "execveat", "seccomp", "prctl", "prlimit64"}
 NEWER = {"open_tree_attr": 467}  # Linux 6.15; libseccomp 2.5 does not know it
@@ -260,7 +260,7 @@ def test_every_try_of_the_self_probe_meets_its_rule(machine: str, options: Filte
     names = [one["name"] for one in tries]
     assert len(set(names)) == len(names)
     untried = {rule.name for rule in syscall_tables.workload_rules(options.netlink, inet=options.inet)} - set(names)
-    privileged = {"fsopen", "fsmount", "fspick", "move_mount", "pivot_root", "bpf", "open_by_handle_at"}
+    privileged = {"fsopen", "fsmount", "fspick", "move_mount", "pivot_root", "bpf", "open_by_handle_at", "syslog"}
     privileged |= {"init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load"}
     privileged |= {f"prlimit64(pid bit {bit})" for bit in range(23)}  # a process may have such a number
     assert {name for name in untried if "(AF " not in name} == privileged

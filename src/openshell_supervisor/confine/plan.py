@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openshell_supervisor.confine import baseline, landlock, selfprobe
+from openshell_supervisor.confine import baseline, landlock, selfprobe, sockets
 from openshell_supervisor.confine.baseline import FileRules
 from openshell_supervisor.confine.landlock import Rules, Ruleset
 from openshell_supervisor.confine.seccomp import FilterOptions, boundary_filter, self_probe_tries
@@ -51,6 +51,8 @@ class Plan:
     hard: bool = False
     workload_filters: tuple[bytes, ...] = ()
     filters_error: ConfineError | None = None
+    sockets: list[str] = field(default_factory=list)
+    sockets_unknown: str = ""
     tries: list[selfprobe.Try] = field(default_factory=list)
     canary: Path | None = None
     own_terminals: bool = False
@@ -99,6 +101,7 @@ def make(wishes: Wishes, filters: Callable[[FilterOptions], tuple[bytes, ...]]) 
         _plan_filters(plan, wishes, filters)
     if wishes.self_probe:
         plan.tries.append(selfprobe.privileges())
+    _plan_sockets(plan, wishes)
     return plan
 
 
@@ -122,6 +125,16 @@ def _plan_files(plan: Plan, wishes: Wishes) -> None:
         plan.tries += tries
         if plan.ruleset.scopes:
             plan.tries.append(selfprobe.signals(os.getpid()))
+
+
+def _plan_sockets(plan: Plan, wishes: Wishes) -> None:
+    """What programs outside have bound to paths; a policy that names such a path wants it to be in reach."""
+    named = wishes.policy.filesystem
+    try:
+        plan.sockets = sockets.bound((*named.read_only, *named.read_write) if named else ())
+    except OSError as error:
+        plan.sockets_unknown = error.strerror or str(error)
+    plan.tries += selfprobe.sockets(plan.sockets)
 
 
 def _plan_filters(plan: Plan, wishes: Wishes, filters: Callable[[FilterOptions], tuple[bytes, ...]]) -> None:

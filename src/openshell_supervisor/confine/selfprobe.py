@@ -149,6 +149,11 @@ def privileges() -> Try:
     return Try(Layer.PRIVILEGES, "take uid 0", {"kind": "root"})
 
 
+def sockets(paths: Iterable[str]) -> list[Try]:
+    """Sockets that programs outside have bound: none of them may be in reach."""
+    return [Try(Layer.NETWORK, path, {"kind": "socket", "path": path}) for path in paths]
+
+
 def system_calls(calls: Iterable[Mapping[str, Any]]) -> list[Try]:
     """Refused system calls `{name, number, args, expect}`, each with the errno that only the filter gives it."""
     return [

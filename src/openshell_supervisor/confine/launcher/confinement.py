@@ -43,6 +43,7 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
     shown = privileges.unmapped
     identity = {**request["identity"], **({"uid": shown[0]} if shown else {})}
     protected = mounts.protect(request["read_only"], request["anchors"])
+    mounts.cover(request.get("cover", []))
     private, passed = terminals.take(request.get("terminals"), descriptors)
     with step("chdir"):
         mounts.stand_anew(request["cwd"], bool(request["read_only"] or private is not None))

@@ -43,7 +43,7 @@ LOCKED_FLAGS = ((2, 2), (4, 4), (8, 8), (1024, 1024), (2048, 2048), (4096, 1 << 
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1  # linux/sockios.h, linux/if.h
 IFREQ_FLAGS = "16sh22x"  # struct ifreq is 40 bytes on every 64-bit ABI
 NSIG = signal.NSIG
-ETIMEDOUT = 110  # errno.h
+EACCES, ENOTSOCK, ETIMEDOUT = 13, 88, 110  # errno.h
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long

@@ -65,6 +65,14 @@ def protect(paths: list[str], anchors: list[str]) -> bool:
     return all(make_read_only(path) for path in paths)
 
 
+def cover(paths: list[str]) -> None:
+    """Lay an empty file over each of these, as far as that can be had: connect(2) to it is refused (ECONNREFUSED). Whether it
+    was had is seen by trying."""
+    if paths and own_namespace():
+        for path in paths:
+            libc.mount(b"/dev/null", os.fsencode(path), None, ctypes.c_ulong(MS_BIND), None)
+
+
 def make_read_only(path: str) -> bool:
     """Every mount at and beneath `path` becomes read-only, and none arrives later from outside. Answers what is so afterwards."""
     name = os.fsencode(path)

@@ -10,9 +10,12 @@ import json
 import os
 import signal
 import socket
+import stat
 import time
 
 from openshell_supervisor.confine.launcher.kernel import (
+    EACCES,
+    ENOTSOCK,
     ETIMEDOUT,
     PR_SET_PDEATHSIG,
     TYPE_CHECKING,
@@ -81,7 +84,11 @@ def write_line(writing: int, answer: dict[str, object]) -> None:
 
 
 def attempt(item: Request) -> int | None:
-    """Try one thing {kind: syscall|open|signal|root, …}; None when it succeeded, else the errno. Nothing is kept open."""
+    """Try one thing {kind: syscall|open|signal|socket|root, …}; None when it succeeded, else the errno. Nothing is kept open.
+
+    For a socket's path, success is that it could be connected to: connecting would wake whoever listens (unix(7): search
+    permission on the way, write permission on the socket).
+    """
     if item["kind"] == "syscall":
         return system_call(item["number"], *item["args"]) or None
     try:
@@ -89,6 +96,10 @@ def attempt(item: Request) -> int | None:
             os.close(os.open(item["path"], item["flags"] | os.O_CLOEXEC))
         elif item["kind"] == "signal":
             os.kill(item["pid"], 0)
+        elif item["kind"] == "socket":
+            if not stat.S_ISSOCK(os.stat(item["path"]).st_mode):
+                return ENOTSOCK
+            return None if os.access(item["path"], os.W_OK) else EACCES
         else:
             os.setresuid(0, 0, 0)
     except OSError as error:

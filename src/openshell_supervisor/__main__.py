@@ -9,7 +9,7 @@ with contextlib.suppress(FileNotFoundError):  # it is gone
     if sys.path[0] == os.getcwd() and not __file__.startswith(f"{sys.path[0]}{os.sep}"):
         del sys.path[0]
 
-from openshell_supervisor.cli import main  # noqa: E402
+from openshell_supervisor.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,7 +27,7 @@ def usable(home: str, rules: FileRules | None) -> bool:
     place = os.path.realpath(home)
     if not os.path.isdir(place) or place == os.path.realpath(SHARED):
         return False
-    return _allowed(place, _places(rules))
+    return within(place, rules)
 
 
 def make(identity: Identity, rules: FileRules | None) -> Path | None:
@@ -67,6 +67,11 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def within(place: str, rules: FileRules) -> bool:
+    """True when a rule allows something on this real path."""
+    return _allowed(place, _places(rules))
 
 
 def search_path(path: str, rules: FileRules) -> str:

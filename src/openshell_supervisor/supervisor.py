@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
-from openshell_supervisor import home, imports, report
+from openshell_supervisor import imports, outfit, report
 from openshell_supervisor.ascent import climb, say_file_rules, say_sockets, say_terminals, state
 from openshell_supervisor.boundary.boundary import Boundary
-from openshell_supervisor.confine.baseline import FileRules
 from openshell_supervisor.confine.plan import Plan
 from openshell_supervisor.confine.separation import Code
 from openshell_supervisor.enforcement import Statement
@@ -29,13 +26,9 @@ from openshell_supervisor.settings import Settings
 from openshell_supervisor.telemetry.events import Process
 from openshell_supervisor.telemetry.line_writer import STDERR
 from openshell_supervisor.telemetry.plain_log import LateLogger, configure_plain_logging
-from openshell_supervisor.workload import environ, process
+from openshell_supervisor.workload import process
 from openshell_supervisor.workload.child import Child
 from openshell_supervisor.workload.guard import Mark
-
-# A workload may have filled its home for hours of unlinking, and `podman stop` waits for ten seconds in all; what is left is
-# removed by the next run's end.
-HOME_REMOVAL_SECONDS = 1.0
 
 log = LateLogger("openshell_supervisor.supervisor")
 
@@ -111,15 +104,18 @@ async def _run_workload(
     settled.serving.add_done_callback(on_loss)
     warming: asyncio.Task[None] | None = None
     described = Process(settings.command[0], child.pid)
-    own_home = _home(sandbox)
+    own_home = outfit.home_of(sandbox)
     try:
-        environment = _environment(sandbox, boundary, str(own_home or sandbox.identity.home))
-        request = {"op": "exec", "argv": list(settings.command), "env": environment}
+        block = outfit.environment(sandbox, boundary, str(own_home or sandbox.identity.home))
+        request = {"op": "exec", "argv": list(settings.command), "env": block}
         if settings.status_file is not None:
             report.write_status(settings.status_file, statement)
         if settled.code_in_reach:
             await _close_the_doors(sandbox, settled, guard)
-        await process.run_attached(child, request, sandbox.terminal)
+        try:
+            await process.run_attached(child, request, sandbox.terminal)
+        except LaunchError as error:
+            raise outfit.explained(error, sandbox, block) from error
         if not settled.code_in_reach:  # else it is warm already
             warming = asyncio.create_task(_warm(settled.proxy, sandbox), name="proxy warm-up")
         telemetry.process_launched(described)
@@ -139,8 +135,7 @@ async def _run_workload(
         if left:
             log.warning("processes of the workload could not be ended", pids=left)
         if own_home is not None:
-            removal = asyncio.create_task(asyncio.to_thread(home.remove, own_home, sandbox.identity.uid))
-            await asyncio.wait({removal}, timeout=HOME_REMOVAL_SECONDS)
+            await outfit.forget_home(own_home, sandbox)
         guard.dismiss()
 
 
@@ -160,38 +155,6 @@ async def _warm(proxy: Proxy, sandbox: Sandbox) -> None:
             log.error("the proxy cannot be made ready: what needs it will be denied", error=repr(failure))
     gc.freeze()
     gc.enable()
-
-
-def _home(sandbox: Sandbox) -> Path | None:
-    """A home made for this run, where the workload's own is not there or lies outside of the file rules; else None."""
-    identity, rules = sandbox.identity, _rules_that_hold(sandbox)
-    if "HOME" in sandbox.settings.user_variables or home.usable(identity.home, rules):
-        return None
-    made = home.make(identity, rules)
-    if made is not None:
-        note = f"{identity.home} is no home that the workload could use: it gets {made}, which is removed at the end"
-        sandbox.telemetry.config("validated", note, unmapped={"home": str(made)})
-    return made
-
-
-def _environment(sandbox: Sandbox, boundary: Boundary, its_home: str) -> dict[str, str]:
-    sandbox.telemetry.config("enabled", "TLS termination enabled: ephemeral CA generated")
-    identity, rules = sandbox.identity, _rules_that_hold(sandbox)
-    block = environ.workload_environment(
-        os.environ,
-        session=environ.Session(identity.user, its_home, sandbox.terminal is not None),
-        user_variables=sandbox.settings.user_variables,
-        proxy_url=boundary.proxy_url,
-        trust=sandbox.trust.result(),
-    )
-    if rules is not None and "PATH" in block and "PATH" not in sandbox.settings.user_variables:
-        block["PATH"] = home.search_path(block["PATH"], rules)
-    return block
-
-
-def _rules_that_hold(sandbox: Sandbox) -> FileRules | None:
-    plan = sandbox.plan.result()
-    return None if plan.ruleset is None else plan.file_rules
 
 
 async def _signal_as(sandbox: Sandbox, group: int, number: int) -> None:

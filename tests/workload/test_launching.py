@@ -76,9 +76,7 @@ async def test_workload_inherits_three_descriptors_and_default_signals(reaper: R
     try:
         child = Child.start(reaper, LAUNCHER)
         await child.ask(confinement(SELF))
-        out = await run_in(
-            child, "ls /proc/$$/fd; grep -E 'SigIgn|SigBlk' /proc/self/status", open_tmp / "out"
-        )
+        out = await run_in(child, "ls /proc/$$/fd; grep -E 'SigIgn|SigBlk' /proc/self/status", open_tmp / "out")
     finally:
         os.close(canary)
     numbers = out.split("Sig")[0].split()

@@ -103,7 +103,8 @@ class Child:
                 code="workload_not_started",
                 step=answer["step"],
                 errno=answer["errno"] or None,
-                hint="looked up in PATH as the workload's user: not found, or in a directory that this user may not enter",
+                hint="looked up in PATH as the workload's user: not found, in a directory that this user may not enter, or with "
+                "an interpreter that it may not run (file rules count too)",
             )
 
     def discard(self) -> None:

@@ -98,11 +98,14 @@ def mitmdump(lab: Lab, *, quiet: bool = False) -> Contender:
     return contender
 
 
-def spawn_supervisor(lab: Lab, mode: str, command: list[str], *, many: bool = False, status: str = "") -> Child:
-    """`openshell-supervisor run … -- command`, as a user types it."""
+def spawn_supervisor(
+    lab: Lab, mode: str, command: list[str], *, many: bool = False, status: str = "", more: tuple[str, ...] = ()
+) -> Child:
+    """`openshell-supervisor run … -- command`, as a user types it; `more` are further options (the last --policy counts)."""
     argv = [str(BIN / "openshell-supervisor"), "run", "--policy", str(lab.policy), "--network-mode", mode]
     argv += ["--upstream-ca", str(lab.ca), *lab.resolves(many=many)]
     argv += ["--status-file", status] if status else []
+    argv += more
     return Child([*argv, "--", *command], log=lab.log(f"supervisor-{mode}"))
 
 

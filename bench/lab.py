@@ -57,6 +57,7 @@ class Lab:
         self._upstream = Child(argv, log=self.log("upstream"))
         self.ports = json.loads(self._upstream.line(START_TIMEOUT_S))
         self.policy = self._write("policy.yaml", self._policy())
+        self.confining = self._write("confining.yaml", self._policy() + "filesystem_policy: {include_workdir: true}\n")
         self.allow = self._write("allow.json", json.dumps(self._allow_list()))
         return self
 

@@ -57,6 +57,13 @@ def spread(samples: Samples, key: str) -> dict[str, tuple[float, float]]:
     }
 
 
+def difference(samples: Samples, ours: str, theirs: str, key: str) -> float | None:
+    """The median over rounds of ours - theirs, or None when one of them was not measured."""
+    pairs = zip(samples.get(ours, []), samples.get(theirs, []), strict=False)
+    differences = [mine[key] - other[key] for mine, other in pairs]
+    return statistics.median(differences) if differences else None
+
+
 def ratio(samples: Samples, ours: str, theirs: str, key: str) -> float | None:
     """The median over rounds of ours / theirs, or None when one of them was not measured."""
     pairs = zip(samples.get(ours, []), samples.get(theirs, []), strict=False)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from bench.contenders import free_port, spawn_mitmdump, spawn_supervisor, until_accepting
 from bench.lab import PLAIN_HOST, START_TIMEOUT_S, Lab
-from bench.measure import Sample, Samples, interleave, medians, ratio, spread
+from bench.measure import Sample, Samples, difference, interleave, medians, ratio, spread
 from bench.plan import Plan
 from bench.processes import Child
 from bench.rows import OURS, Row, Target
@@ -16,6 +16,7 @@ from bench.rows import OURS, Row, Target
 KEY = "ms"
 INSTRUCTION = Target("<= 0.3 x mitmdump accepting", 0.3)
 RESPONSE = Target("<= 0.9 x mitmdump", 0.9)
+SELF_PROBE = Target("<= 60 ms", 60.0)
 
 
 def _first_line(child: Child) -> Sample:
@@ -89,8 +90,33 @@ def _ends(lab: Lab, plan: Plan) -> Row:
     return Row("start to end of `true`", KEY, medians(samples, KEY), failure=failure, spread=spread(samples, KEY))
 
 
+def _confinement(lab: Lab, plan: Plan) -> list[Row]:
+    """What the layers beside the network add to the first instruction, and what trying them from inside does (in `auto`)."""
+    policy = ("--policy", str(lab.confining))
+    options = {
+        "all layers": policy,
+        "unprobed": (*policy, "--no-self-probe"),
+        "network alone": (*policy, "--no-self-probe", "--declare-external", "filesystem,syscalls,supervisor_syscalls"),
+    }
+    command = ["/bin/echo", "first"]
+
+    def start(name: str) -> Sample:
+        return _first_line(spawn_supervisor(lab, "auto", command, more=options[name]))
+
+    samples, failures = interleave(list(options), start, plan.startup_rounds)
+    failure = "; ".join(failures)
+    rows = []
+    for metric, name, without, target in (
+        ("start: cost of the self-probe", "all layers", "unprobed", SELF_PROBE),
+        ("start: cost of all layers but the network", "all layers", "network alone", None),
+    ):
+        cost = difference(samples, name, without, KEY)
+        rows.append(Row(metric, KEY, {} if cost is None else {"auto": cost}, cost, target, failure=failure))
+    return rows
+
+
 def measure(lab: Lab, plan: Plan) -> list[Row]:
-    """Two metrics with a row per mode of ours, and the length of the shortest run."""
+    """Two metrics with a row per mode of ours, the length of the shortest run, and what confinement costs."""
     # Once unmeasured, for everybody: byte code is compiled, the page cache filled, and mitmdump's CA made.
     _accepting(lab)
     for mode in OURS:
@@ -107,4 +133,4 @@ def measure(lab: Lab, plan: Plan) -> list[Row]:
             rows.append(
                 Row(f"{name} ({mode})", KEY, values, judged, target, failure=failure, spread=spread(samples, KEY))
             )
-    return [*rows, _ends(lab, plan)]
+    return [*rows, _ends(lab, plan), *_confinement(lab, plan)]

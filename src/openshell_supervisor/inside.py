@@ -8,6 +8,7 @@ user outside, code that the workload could rewrite) is collected as gaps, and a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 from collections.abc import Mapping
@@ -69,44 +70,51 @@ async def settle(sandbox: Sandbox, boundary: Boundary, child: Child, *, insist: 
     proxy.answer_probe(nonce)
     serving = asyncio.create_task(proxy.serve(boundary.listener), name="proxy")
     settled = Settled(proxy, serving, egress, {}, Confined({}, {}))
-    masters: list[int] = []
     try:
-        separated = await _separate(boundary, child)
-        code = out_of_reach(sandbox.identity) if boundary.isolated else Code()
-        plan = await sandbox.plan
-        with canary(plan.canary):
-            answer, masters = await child.ask(
-                confine_request(sandbox, code, plan, cover=boundary.isolated), plan.descriptors()
-            )
-            finding = await probe.inspect(boundary, child, nonce, [one.request for one in plan.tries])
-        separated = separated and answer["user_namespace"] != user_namespace()
-        settled.user_namespace = answer["user_namespace"] if separated else 0
-        settled.code_in_reach = bool(code.directories)
-        settled.gaps = _gaps(sandbox, child, separated, code, answer)
-        seen = judge(plan.tries, finding.tries, answer["controls"])
-        walled = separated or answer["landlock"] == 0
-        settled.confined = Confined(answer, seen, settings.self_probe, "" if walled else _exposed(sandbox, child))
-        if not finding.tight:
-            what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
-            raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
-        settled.gaps += (*finding.gaps, *_open_sockets(plan, seen))
-        settled.evidence = {
-            **boundary.detail,
-            **finding.detail,
-            "user_namespace": separated,
-            "sockets_covered": len(plan.sockets) if boundary.isolated else 0,
-            "gaps": list(settled.gaps),
-        }
+        masters = await _confine(sandbox, boundary, child, settled, nonce)
         if boundary.watch is not None:
             boundary.watch()
     except BaseException:
-        for master in masters:
-            os.close(master)
         await stop_proxy(settled)
         raise
     if sandbox.terminal is not None and masters:
         sandbox.terminal.adopt(masters[0])
     return settled
+
+
+async def _confine(sandbox: Sandbox, boundary: Boundary, child: Child, settled: Settled, nonce: str) -> list[int]:
+    """Let the launcher confine itself and its twin try; fills in `settled`. Answers the master of a terminal that was made anew.
+
+    Raises `BoundaryError` where a way out was found.
+    """
+    separated = await _separate(boundary, child)
+    code = out_of_reach(sandbox.identity) if boundary.isolated else Code()
+    plan = await sandbox.plan
+    with canary(plan.canary), contextlib.ExitStack() as undo:
+        request = confine_request(sandbox, code, plan, cover=boundary.isolated)
+        answer, masters = await child.ask(request, plan.descriptors())
+        for master in masters:
+            undo.callback(os.close, master)
+        finding = await probe.inspect(boundary, child, nonce, [one.request for one in plan.tries])
+        if not finding.tight:
+            what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
+            raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
+        undo.pop_all()
+    separated = separated and answer["user_namespace"] != user_namespace()
+    walled = separated or answer["landlock"] == 0
+    seen = judge(plan.tries, finding.tries, answer["controls"])
+    settled.user_namespace = answer["user_namespace"] if separated else 0
+    settled.code_in_reach = bool(code.directories)
+    settled.confined = Confined(answer, seen, sandbox.settings.self_probe, "" if walled else _exposed(sandbox, child))
+    settled.gaps = (*_gaps(sandbox, child, separated, code, answer), *finding.gaps, *_open_sockets(plan, seen))
+    settled.evidence = {
+        **boundary.detail,
+        **finding.detail,
+        "user_namespace": separated,
+        "sockets_covered": len(plan.sockets) if boundary.isolated else 0,
+        "gaps": list(settled.gaps),
+    }
+    return masters
 
 
 async def _separate(boundary: Boundary, child: Child) -> bool:

@@ -34,6 +34,7 @@ def home_of(sandbox: Sandbox) -> Path | None:
 
 
 def environment(sandbox: Sandbox, boundary: Boundary, its_home: str) -> dict[str, str]:
+    """The workload's whole environment block; under file rules, programs that it may run are found first."""
     sandbox.telemetry.config("enabled", "TLS termination enabled: ephemeral CA generated")
     identity, rules = sandbox.identity, _rules_that_hold(sandbox)
     block = environ.workload_environment(

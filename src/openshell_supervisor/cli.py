@@ -49,23 +49,24 @@ def run(arguments: Sequence[str]) -> NoReturn:
 
     from openshell_supervisor import supervisor
 
-    try:
-        code = asyncio.Runner().run(supervisor.run(settings, begun))
-    except (OSError, RuntimeError, MemoryError) as error:
-        raise _host_limit(error) from error
+    code = asyncio.Runner().run(supervisor.run(settings, begun))
     # Everything of ours is closed. What may still run is the import of the proxy's inspection, in a thread that cannot be
     # cancelled: a workload shorter than that import must not wait for it.
     os._exit(code)
 
 
 def _host_limit(error: BaseException) -> SupervisorError:
-    """What the host refused where nothing of ours expects a refusal: named with its place, and with where to look."""
-    import traceback
+    """What the host refused where nothing of ours expects a refusal: named with its place, and with where to look.
 
-    frames = traceback.extract_tb(error.__traceback__)
-    place = next((f for f in reversed(frames) if "openshell_supervisor" in f.filename), frames[-1])
+    Imports nothing: there may be no memory left for it.
+    """
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        place = code.co_qualname if "openshell_supervisor" in code.co_filename else place
+        trace = trace.tb_next
     return SupervisorError(
-        f"the host ended the run: {type(error).__name__}: {error} (in {Path(place.filename).stem}.{place.name})",
+        f"the host ended the run: {type(error).__name__}: {error} (in {place})",
         code="host_limit",
         hint="look at the limits of this user and container (ulimit -a: processes, open files, address space), and at the "
         "runtime's seccomp profile",
@@ -112,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _fill_standard_descriptors()
     try:
-        return _dispatch(arguments)
+        try:
+            return _dispatch(arguments)
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise _host_limit(error) from error
     except SupervisorError as error:
         with contextlib.suppress(OSError):  # nobody reads our errors any more; the exit code still tells
             sys.stderr.write(error.screen() + "\n")

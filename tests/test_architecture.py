@@ -41,6 +41,8 @@ ARROWS: dict[str, set[str]] = {
     "imports": set(),
     "policy": set(),
     "verdict": {"policy"},
+    # Asks the same `decide`, and the same check of addresses, as the proxy.
+    "explain": {"verdict", "policy", "proxy.destinations"},
     "boundary": {"telemetry.events", "policy.model"},
     "confine": {"telemetry.events", "telemetry.plain_log", "policy.model"},
     "workload": {"telemetry.events", "telemetry.plain_log", "policy.model"},

@@ -11,7 +11,7 @@ import secrets
 from openshell_supervisor import layers
 from openshell_supervisor.boundary import ladder
 from openshell_supervisor.boundary.boundary import Boundary
-from openshell_supervisor.confine import prelude
+from openshell_supervisor.confine import baseline, prelude
 from openshell_supervisor.confine.failure import Subsystem
 from openshell_supervisor.confine.plan import Plan
 from openshell_supervisor.enforcement import Enforcement, Layer, Statement
@@ -49,8 +49,12 @@ def say_file_rules(sandbox: Sandbox, plan: Plan) -> None:
         "built", "Landlock ruleset built", rules_applied=plan.ruleset.applied, skipped=len(plan.ruleset.skipped)
     )
     for skipped in plan.ruleset.skipped:
+        if skipped.missing and skipped.path in (*baseline.READ_ONLY, *baseline.READ_WRITE):
+            continue  # no image has all of these
         if skipped.missing:
-            log.debug("a path of the file rules does not exist", path=skipped.path)
+            telemetry.config(
+                "validated", "A path of the policy's file rules does not exist: no rule", path=skipped.path
+            )
         else:
             telemetry.config(
                 "degraded",

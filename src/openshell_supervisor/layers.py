@@ -116,6 +116,14 @@ def filesystem(plan: Plan, confined: Confined, handler: FailureHandler) -> Enfor
         **_probed(confined, seen),
     }
     reason = _not_shown(confined, seen, "no place outside of the file rules could be tried")
+    if seen.breaches:
+        error = ConfineError(
+            f"Landlock: the kernel took the ruleset and does not hold it: {reason}",
+            code="landlock_not_held",
+            step="self-probe",
+            hint="the kernel, or a filter around it, says that it does what it does not do",
+        )
+        return handler.file_rules_failed(error, hard=plan.hard)
     if reason:
         return _unproven(layer, reason, detail, hard=plan.hard)
     lacking = sorted(INDISPENSABLE & set(plan.ruleset.missing_rights))

@@ -61,11 +61,19 @@ async def forget_home(path: Path, sandbox: Sandbox) -> None:
 
 
 def explained(error: LaunchError, sandbox: Sandbox, block: Mapping[str, str]) -> LaunchError:
-    """The same error, or one that says that the program lies outside of the file rules, where it does."""
+    """The same error, or one that says that the program is nowhere in PATH, or outside of the file rules, where it is so."""
     rules = _rules_that_hold(sandbox)
     program = sandbox.settings.command[0]
-    found = shutil.which(program, path=block.get("PATH")) or program
-    place = os.path.realpath(found)
+    found = shutil.which(program, path=block.get("PATH"))
+    if found is None and "/" not in program:
+        return LaunchError(
+            f"cannot run {program!r}: not found in PATH ({block.get('PATH', '')})",
+            code=error.code,
+            step=error.step,
+            errno=errno.ENOENT,
+            hint="name it with its directory, or set PATH for the workload",
+        )
+    place = os.path.realpath(found or program)
     if error.errno != errno.EACCES or rules is None or home.within(place, rules):
         return error
     return LaunchError(

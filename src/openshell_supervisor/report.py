@@ -98,5 +98,15 @@ def require(statement: Statement, required: frozenset[Layer]) -> None:
             + "; ".join(f"{item.layer.value} is {item.state.value} ({item.reason})" for item in unmet),
             code="requirement_unmet",
             step="require",
-            hint="run where the host allows the layer, or drop it from --require",
+            hint=_mending(unmet),
         )
+
+
+def _mending(unmet: tuple[Enforcement, ...]) -> str:
+    """What to do about required layers that do not hold: a layer that nobody asked for is not the host's fault."""
+    off = {item.layer for item in unmet if item.state is State.OFF}
+    if Layer.FILESYSTEM in off:
+        return "give the policy a filesystem_policy section: without one there are no file rules"
+    if off:
+        return f"nothing asks for {', '.join(sorted(off))} here: ask for it, or drop it from --require"
+    return "run where the host allows the layer (`openshell-supervisor doctor` says what it allows), or drop it from --require"

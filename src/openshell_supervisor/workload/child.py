@@ -7,6 +7,7 @@ requests mean. Every answer is awaited with a deadline; a launcher that dies or 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,13 @@ from openshell_supervisor.workload.reaper import Reaper
 
 # The launcher starts in 20–45 ms; a loaded small machine has been seen to need two seconds.
 ANSWER_TIMEOUT = 20.0
+# What refuses a process as such, whatever its program.
+UNSTARTABLE = {
+    errno.EPERM: "a seccomp profile that answers EPERM to clone3 (a container runtime of before 2021) lets nothing be started: "
+    "update it, or use one that answers ENOSYS",
+    errno.EAGAIN: "this user or container may have no more processes (ulimit -u, --pids-limit)",
+    errno.EMFILE: "the limit on open files is too low (ulimit -n)",
+}
 EXIT_PATIENCE = 1.0  # between the end of a launcher's socket and its exit status lie milliseconds
 # An answer is a few hundred bytes; the probe's is the largest with about 6 KiB.
 MAX_ANSWER_BYTES = 256 * 1024
@@ -56,7 +64,9 @@ class Child:
                 code="launcher_unavailable",
                 step="spawn",
                 errno=error.errno,
-                hint="the interpreter that runs the supervisor must be executable by it",
+                hint=UNSTARTABLE.get(
+                    error.errno or 0, "the interpreter that runs the supervisor must be executable by it"
+                ),
             ) from error
         finally:
             theirs.close()

@@ -116,7 +116,7 @@ def test_everything_written_is_in_the_model() -> None:
         True,
         True,
     )
-    query = (("state", QueryMatcher(glob="open*")), ("label", QueryMatcher(any=("bug", "feature-*"))))
+    query = (("label", QueryMatcher(any=("bug", "feature-*"))), ("state", QueryMatcher(glob="open*")))
     assert api.rules[1] == L7Allow(method="POST", path="/repos/*/issues", query=query)
     assert api.deny_rules == (L7Deny(method="*", path="/repos/*/rulesets"),)
     assert (content.ports, content.tls_skip, content.inspected) == ((80, 443), True, False)

@@ -293,26 +293,30 @@ class _PolicyReader:
             node = Table(node.line, node.column)
         got = self.r.fields(node, path, L7, (moved or {}) | {"methods": 'one rule per method, or `method: "*"`'})
         query = self.matchers(got["query"], child(path, "query")) if "query" in got else ()
-        params = self.params(got["params"], child(path, "params")) if "params" in got else ()
-        if "tool" in got and not any(key == "name" for key, _ in params):
-            params = (*params, ("name", self.matcher(got["tool"], child(path, "tool"))))
+        params = dict(self.params(got["params"], child(path, "params"))) if "params" in got else {}
+        if "tool" in got and "name" not in params:
+            params["name"] = self.matcher(got["tool"], child(path, "tool"))
         text = [self.text(got, path, key) for key in ("method", "path", "command", "operation_type", "operation_name")]
         fields = self.texts(got, path, "fields")
-        return text[0], text[1], text[2], query, text[3], text[4], fields, params
+        return text[0], text[1], text[2], query, text[3], text[4], fields, tuple(sorted(params.items(), key=_key))
 
     def matchers(self, node: Node, path: str) -> Matchers:
-        return tuple((key, self.matcher(value, child(path, key))) for key, _, value in self.r.entries(node, path))
+        found = ((key, self.matcher(value, child(path, key))) for key, _, value in self.r.entries(node, path))
+        return tuple(sorted(found, key=_key))
 
     def params(self, node: Node, path: str, prefix: str = "") -> Matchers:
         """Nested mappings are flattened with dots; a mapping whose only key is `any` is a matcher."""
-        result: list[tuple[str, QueryMatcher]] = []
-        for key, _, value in self.r.entries(node, path):
+        result: dict[str, QueryMatcher] = {}
+        for key, written, value in self.r.entries(node, path):
             where, name = child(path, key), f"{prefix}{key}"
-            if isinstance(value, Table) and [k.text for k, _ in value.pairs] != ["any"]:
-                result.extend(self.params(value, where, f"{name}."))
-            else:
-                result.append((name, self.matcher(value, where)))
-        return tuple(result)
+            nested = isinstance(value, Table) and [k.text for k, _ in value.pairs] != ["any"]
+            found = self.params(value, where, f"{name}.") if nested else ((name, self.matcher(value, where)),)
+            for inner, matcher in found:
+                if inner in result:
+                    said = f"duplicate key `{shown(inner)}`: nested keys are the same as keys with dots"
+                    self.r.problem("duplicate_key", where, written, said, "write it once")
+                result[inner] = matcher
+        return tuple(result.items())
 
     def matcher(self, node: Node, path: str) -> QueryMatcher:
         nothing = "unknown matcher keys; only `glob` or `any` are supported"
@@ -344,9 +348,8 @@ class _PolicyReader:
         if key not in got:
             return ()
         where = child(path, key)
-        return tuple(
-            (name, self.operation(node, child(where, name))) for name, _, node in self.r.entries(got[key], where)
-        )
+        found = ((name, self.operation(node, child(where, name))) for name, _, node in self.r.entries(got[key], where))
+        return tuple(sorted(found, key=_key))
 
     def operation(self, node: Node, path: str) -> GraphqlOperation:
         got = self.r.fields(node, path, ("operation_type", "operation_name", "fields"))
@@ -424,6 +427,10 @@ class _PolicyReader:
 
     def u32(self, got: dict[str, Node], path: str, key: str) -> int:
         return self.r.integer(got[key], child(path, key), 0, U32, "u32") if key in got else 0
+
+
+def _key(pair: tuple[str, object]) -> str:
+    return pair[0]
 
 
 def _null(node: Node) -> bool:

@@ -75,7 +75,7 @@ def parse(text: str, source: str = "") -> LoadedPolicy:
     policy = read_policy(root, reading)
     found = [
         *reading.problems,
-        *_not_caused_by(reading.problems, [reading.locate(item) for item in problems_of(policy)]),
+        *not_caused_by(reading.problems, [reading.locate(item) for item in problems_of(policy)]),
     ]
     if found:
         found.sort(key=lambda problem: (problem.line, problem.column))
@@ -103,7 +103,7 @@ _FOLLOWS_FROM_ABSENCE = frozenset(
 )
 
 
-def _not_caused_by(shape: list[Problem], meaning: list[Problem]) -> list[Problem]:
+def not_caused_by(shape: list[Problem], meaning: list[Problem]) -> list[Problem]:
     """Leave out what only follows from a misread endpoint or section: `prots: 443` is one fault, not also a missing port."""
     roots = {_unit(problem.path) for problem in shape}
     return [item for item in meaning if item.code not in _FOLLOWS_FROM_ABSENCE or _unit(item.path) not in roots]

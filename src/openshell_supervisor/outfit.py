@@ -28,7 +28,10 @@ def home_of(sandbox: Sandbox) -> Path | None:
         return None
     made = home.make(identity, rules)
     if made is not None:
-        note = f"{identity.home} is no home that the workload could use: it gets {made}, which is removed at the end"
+        note = (
+            f"{identity.home} is outside of the file rules, shared, or not there: the workload gets the home {made}, which is "
+            "removed at the end"
+        )
         sandbox.telemetry.config("validated", note, unmapped={"home": str(made)})
     return made
 

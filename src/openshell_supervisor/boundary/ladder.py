@@ -74,8 +74,9 @@ async def climb[L: Launcher, S](
         code="boundary_unavailable",
         step=failures[-1].step,
         errno=last,
-        hint="allow user namespaces (or CAP_NET_ADMIN and CAP_SYS_ADMIN) in this container, or choose --network-mode auto, "
-        "which says so and observes where nothing can be enforced, or set OPENSHELL_BEST_EFFORT_FAILURES",
+        hint="allow user namespaces (or CAP_NET_ADMIN and CAP_SYS_ADMIN) in this container, in its seccomp profile too "
+        "(`openshell-supervisor doctor` tries them); to start without a boundary, choose --network-mode auto without --egress "
+        "enforce, which observes and says so, or set OPENSHELL_BEST_EFFORT_FAILURES",
     )
     none.failures = tuple(failures)
     raise none

@@ -14,22 +14,14 @@ import json
 import threading
 from functools import lru_cache
 from importlib import resources
-from typing import Any, Protocol
+from typing import Any
+
+from openshell_supervisor.verdict.engines.protocol import Engine, EngineError
+
+__all__ = ["PACKAGE", "RULES", "EmbeddedEngine", "Engine", "EngineError", "shared_engine", "shipped_rules"]
 
 PACKAGE = "openshell/sandbox"
 RULES = ("egress_authorization", "request_authorization")
-
-
-class EngineError(Exception):
-    """The evaluation failed, or gave no result."""
-
-
-class Engine(Protocol):
-    """Evaluates a rule of `openshell.sandbox` on a JSON input. Raises `EngineError`."""
-
-    def ask(self, rule: str, document: str) -> Any:
-        """The value of `rule` for the input `document` (JSON text, ASCII only)."""
-        ...
 
 
 class EmbeddedEngine:

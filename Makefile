@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV  := .venv
 PY    := $(VENV)/bin/python
 
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup demo test lint bench proto lock clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -24,6 +24,9 @@ lint: setup
 
 bench: setup  ## measure beside stock mitmdump, in one run
 	@$(PY) -m bench
+
+proto: setup  ## generate the protobuf messages from proto/
+	@$(PY) scripts/generate_proto.py
 
 lock: setup  ## resolve the requirements anew, with hashes and without addresses
 	@scripts/lock $(VENV)

@@ -28,7 +28,7 @@ from openshell_supervisor.verdict.facts import Facts, Request, Verdict
 
 REASON_IDS = {
     "allowed", "endpoint_not_allowed", "binary_not_allowed", "no_policies", "rule_not_matched", "deny_rule",
-    "no_endpoint_path", "malformed_facts", "engine_error", "protocol_not_built", "invalid_request_target",
+    "no_endpoint_path", "malformed_facts", "engine_error", "engine_unavailable", "protocol_not_built", "invalid_request_target",
 }  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.policy.normalise import normalise
 from openshell_supervisor.verdict.cache import Lru
 from openshell_supervisor.verdict.document import document
-from openshell_supervisor.verdict.engines.embedded import Engine, EngineError, shared_engine
+from openshell_supervisor.verdict.engines.embedded import shared_engine
+from openshell_supervisor.verdict.engines.protocol import Engine, EngineError, EngineUnavailable, PreparedEngine
 from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Verdict
 from openshell_supervisor.verdict.hints import connection_hint, request_hint
 from openshell_supervisor.verdict.index import CompiledEndpoint, Index, ascii_lower
@@ -35,8 +36,11 @@ MAX_QUERY = 1024
 MAX_CALLERS = 256
 """Ancestors or command line paths in the facts; upstream follows 64 parents."""
 
-_HARD = frozenset(("engine_error", "no_endpoint_path", "protocol_not_built", "invalid_request_target"))
-"""Denials of a request that no endpoint's `audit` softens."""
+_FLEETING = frozenset(("engine_error", "engine_unavailable"))
+"""Denials that are not remembered: the next question may be answered."""
+SOFT = frozenset(("rule_not_matched", "deny_rule"))
+"""Denials of a request that an endpoint's `audit` softens: the rules judged it and said no. All others block."""
+UNAVAILABLE_HINT = "the OPA server of --opa-url decides here; decisions are made again as soon as it answers"
 ENGINE_HINT = (
     "the rules could not be evaluated; this is a fault of the supervisor or of its installation, not of the policy"
 )
@@ -53,6 +57,7 @@ class Generation:
         self.require_binary_identity = require_binary_identity
         self.index = Index(self.policy)
         self._engine = engine
+        self._afar = engine if isinstance(engine, PreparedEngine) else None
         self.memory: Lru[Facts, Verdict] = Lru(VERDICTS_KEPT)
         self._answers: Lru[str, Any] = Lru(ANSWERS_KEPT)
 
@@ -60,6 +65,16 @@ class Generation:
     def engine(self) -> Engine:
         """What evaluates the rules; the shipped one is loaded when first needed. Raises `EngineError`."""
         return self._engine or shared_engine()
+
+    @property
+    def outage(self) -> str:
+        """Why nothing can be decided now, or an empty string; the embedded engine knows no outage."""
+        return self._afar.outage if self._afar is not None else ""
+
+    async def prepare(self, facts: Facts) -> None:
+        """Have what `decide(facts, self)` will ask at hand, where the engine answers from afar; else it returns at once."""
+        if self._afar is not None:
+            await self._afar.prepare(lambda: decide(facts, self))
 
     def request_answer(self, text: str) -> Any:
         """What the rules say of a request, from memory where the same input was asked before. Raises `EngineError`."""
@@ -80,16 +95,24 @@ class Generation:
 
         Raises `EngineError` when the engine cannot be had; every decision would then be a denial.
         """
-        self.engine.ask("egress_authorization", document(Facts("warm.invalid", 1), [], {}, False))
+        if self._afar is None:
+            self.engine.ask("egress_authorization", document(Facts("warm.invalid", 1), [], {}, False))
 
 
-def build_generation(policy: SandboxPolicy, number: int, require_binary_identity: bool = False) -> Generation:
+def build_generation(
+    policy: SandboxPolicy, number: int, require_binary_identity: bool = False, engine: Engine | None = None
+) -> Generation:
     """A generation for `policy`. Cheap: nothing heavy is imported before the first decision or `Generation.warm`."""
-    return Generation(policy, number, require_binary_identity)
+    return Generation(policy, number, require_binary_identity, engine)
 
 
 def decide(facts: Facts, generation: Generation) -> Verdict:
-    """The verdict on `facts`. Synchronous and total: it never raises, and what it cannot judge it denies."""
+    """The verdict on `facts`. Synchronous and total: it never raises, and what it cannot judge it denies.
+
+    Where the engine answers from afar, `Generation.prepare` is awaited first; without it the answer is `engine_unavailable`.
+    """
+    if generation.outage:
+        return _unavailable(generation.outage, generation)
     try:
         known = generation.memory.get(facts)
         if known is not None:
@@ -100,7 +123,7 @@ def decide(facts: Facts, generation: Generation) -> Verdict:
     if fault:
         return _denied("malformed_facts", f"policy evaluation error: {fault}", generation)
     verdict = _decided(_canonical(facts, generation), generation)
-    if verdict.reason_id != "engine_error" and _weight(facts) <= MAX_REMEMBERED:
+    if verdict.reason_id not in _FLEETING and _weight(facts) <= MAX_REMEMBERED:
         generation.memory.put(facts, verdict)
     return verdict
 
@@ -117,7 +140,7 @@ def _decided(facts: Facts, generation: Generation) -> Verdict:
     if known is not None:
         return known
     verdict = _asked(facts, generation, generation.index.narrow(facts.host, facts.port))
-    if verdict.reason_id != "engine_error" and _weight(facts) <= MAX_REMEMBERED:
+    if verdict.reason_id not in _FLEETING and _weight(facts) <= MAX_REMEMBERED:
         generation.memory.put(facts, verdict)
     return verdict
 
@@ -129,11 +152,13 @@ def _asked(facts: Facts, generation: Generation, candidates: list[CompiledEndpoi
     try:
         if verdict is None:
             verdict = _connection(connection, generation, candidates)
-            if facts.request is not None and not whole and verdict.reason_id != "engine_error":
+            if facts.request is not None and not whole and verdict.reason_id not in _FLEETING:
                 generation.memory.put(connection, verdict)
         if facts.request is None or not verdict.allow or not verdict.inspected:
             return verdict
         return _request(facts, generation, candidates, verdict, whole)
+    except EngineUnavailable as error:
+        return _unavailable(str(error), generation)
     except Exception as error:  # noqa: BLE001 - the boundary of the rules: whatever goes wrong inside, the answer is no
         what = str(error) if isinstance(error, EngineError) else type(error).__name__
         return replace(_denied("engine_error", f"policy evaluation error: {what}", generation), hint=ENGINE_HINT)
@@ -173,11 +198,11 @@ def _request(
     reason_id = str(answer["reason_id"])
     allow = answer["allow"] is True and reason_id == "allowed"
     selected = _endpoint_at(connection, answer["selected"][1:])
-    by = sorted(answer["allowed_by"] if allow else answer["denied_by"])
+    by = sorted(answer["allowed_by"] if allow else answer["denied_by"], key=_rules_first)
     policy, rule = (
         _named(by[0], "rules" if allow else "deny_rules") if by else (selected.policy if selected else "", "")
     )
-    audited = selected is not None and not selected.endpoint.enforced and reason_id not in _HARD
+    audited = selected is not None and not selected.endpoint.enforced and reason_id in SOFT
     verdict = replace(connection, allow=allow, policy=policy, rule=rule, enforcement="audit" if audited else "enforce")
     if allow:
         return replace(verdict, reason=allowed_reason(request, policy, rule))
@@ -193,13 +218,24 @@ def _endpoint_at(connection: Verdict, pair: list[Any]) -> MatchedEndpoint | None
     return next(item for item in connection.endpoints if [item.policy, item.index] == [pair[0], int(pair[1])])
 
 
+def _rules_first(triple: list[Any]) -> tuple[bool, list[Any]]:
+    return int(triple[2]) < 0, triple
+
+
 def _named(triple: list[Any], section: str) -> tuple[str, str]:
+    """Policy and place of what decided; an endpoint as a whole where no single rule did (-1)."""
     key, endpoint, rule = str(triple[0]), int(triple[1]), int(triple[2])
+    if rule < 0:
+        return key, f"endpoints[{endpoint}]"
     return key, f"endpoints[{endpoint}].{section}[{rule}]"
 
 
 def _denied(reason_id: str, reason: str, generation: Generation) -> Verdict:
     return Verdict(allow=False, reason_id=reason_id, reason=reason, generation=generation.number)
+
+
+def _unavailable(why: str, generation: Generation) -> Verdict:
+    return replace(_denied("engine_unavailable", f"policy evaluation error: {why}", generation), hint=UNAVAILABLE_HINT)
 
 
 def _canonical(facts: Facts, generation: Generation) -> Facts:
@@ -218,7 +254,8 @@ def _weight(facts: Facts) -> int:
     request = facts.request
     if request is None:
         return total
-    return total + len(request.method) + len(request.path) + sum(len(key) + len(value) for key, value in request.query)
+    total += len(request.method) + len(request.path) + sum(len(key) + len(value) for key, value in request.query)
+    return total if request.body is None else total + len(request.body.error) + sum(map(len, request.body.texts()))
 
 
 def _malformed(facts: Facts) -> str:
@@ -237,6 +274,8 @@ def _malformed(facts: Facts) -> str:
             return "the query is not a list of pairs"
         texts += [("method", request.method), ("path", request.path)]
         texts += [("query", text) for pair in request.query for text in pair]
+        if request.body is not None:
+            texts += [("body", text) for text in (request.body.protocol, request.body.error, *request.body.texts())]
         if not request.method or not request.path.startswith("/"):
             return "the method is empty or the path is not absolute"
     for name, text in texts:

@@ -43,10 +43,12 @@ ARROWS: dict[str, set[str]] = {
     "verdict": {"policy"},
     # Asks the same `decide`, and the same check of addresses, as the proxy.
     "explain": {"verdict", "policy", "proxy.destinations"},
+    # Who asks: sockets, processes and files; the policy only for the links that its binaries are.
+    "callers": {"policy.model"},
     "boundary": {"telemetry.events", "policy.model"},
     "confine": {"telemetry.events", "telemetry.plain_log", "policy.model"},
     "workload": {"telemetry.events", "telemetry.plain_log", "policy.model"},
-    "proxy": {"verdict", "telemetry.events", "telemetry.plain_log", "policy.model"},
+    "proxy": {"verdict", "callers", "telemetry.events", "telemetry.plain_log", "policy.model"},
     "gateway": {"telemetry.events", "policy"},
     "sidecar": {"telemetry.events", "policy.model"},
     "telemetry": set(),

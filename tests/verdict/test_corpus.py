@@ -17,11 +17,13 @@ import yaml
 
 from openshell_supervisor.errors import PolicyError
 from openshell_supervisor.policy.yaml_file import LoadedPolicy, parse
+from openshell_supervisor.verdict.bodies.read import read_body
+from openshell_supervisor.verdict.bodies.wire import BodyError
 from openshell_supervisor.verdict.decide import build_generation, decide
 from openshell_supervisor.verdict.facts import Facts, Request, TargetError, Verdict, canonical_target, parse_query
 
 CORPUS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "policy_cases.jsonl"
-BUILT_PROTOCOLS = {"", "tcp", "rest"}
+BUILT_PROTOCOLS = {"", "tcp", "rest", "json-rpc", "mcp"}
 
 STRICTER = {
     "path-invalid-glob-forward-audit-passes": "an evaluation error denies, also under audit",
@@ -45,12 +47,12 @@ def why_not(case: dict[str, Any]) -> str:
         return f"{group}: in proxy/"
     if case["kind"] == "validate":
         return ""
-    if "body" in given or "websocket_text" in given or given.get("websocket_upgrade"):
-        return "bodies and messages"
     protocols = {
         e.get("protocol", "").lower() for r in policy.get("network_policies", {}).values() for e in r["endpoints"]
     }
-    if protocols - BUILT_PROTOCOLS and group != "endpoint-path":
+    if "websocket_text" in given or given.get("websocket_upgrade"):
+        return "messages"
+    if protocols - BUILT_PROTOCOLS and (group != "endpoint-path" or "body" in given):
         return f"protocol {', '.join(sorted(protocols - BUILT_PROTOCOLS))}"
     return ""
 
@@ -134,7 +136,14 @@ def test_requests(case: dict[str, Any]) -> None:
         assert expect["stage"] == "parse" and expect["error"] in error.message
         return
     assert path == expect.get("canonical_path", path)
-    verdict = decide(facts(case, Request(given["method"], path, query)), generation(case))
+    request, endpoint = Request(given["method"], path, query), verdict.reads(path)
+    if endpoint is not None:
+        try:
+            request = read_body(request, endpoint.endpoint, headers(given), given.get("body", "").encode())
+        except BodyError as error:
+            assert expect["stage"] == "parse" and expect["error"] in error.message
+            return
+    verdict = decide(facts(case, request), generation(case))
     assert verdict.allow is expect["allow"]
     if expect["stage"] == "parse":
         assert expect["error"] in verdict.reason
@@ -148,6 +157,11 @@ def test_requests(case: dict[str, Any]) -> None:
         check_reason(verdict.reason, expect)
     if verdict.inspected and verdict.allow:
         assert verdict.rule
+
+
+def headers(given: dict[str, Any]) -> list[tuple[str, str]]:
+    """The header fields of a case."""
+    return list(given.get("headers", {}).items())
 
 
 def check_reason(reason: str, expect: dict[str, Any]) -> None:

@@ -10,8 +10,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from openshell_supervisor.policy.globs import HOST, PATH, VALUE, GlobError, glob_match, glob_problem, path_selected
-from openshell_supervisor.verdict.facts import Facts, Request
+from openshell_supervisor.verdict.bodies.json_rpc import RpcBody
+from openshell_supervisor.verdict.bodies.rules import call_input
+from openshell_supervisor.verdict.facts import Body, Facts, Request
 from openshell_supervisor.verdict.index import CompiledEndpoint, CompiledRule, ascii_upper
+from openshell_supervisor.verdict.reasons import rejection
 
 _Answers = dict[str, bool]
 
@@ -49,7 +52,7 @@ def document(
     if require_binary_identity:
         parts.append(f'"exec":{json.dumps(_exec(facts))}')
     if request is not None:
-        parts.append(f'"request":{json.dumps(_request(request, stand_in))}')
+        parts.append(f'"request":{json.dumps(_request(request, stand_in, candidates))}')
     return f"{{{','.join(parts)}}}"
 
 
@@ -71,12 +74,18 @@ def _exec(facts: Facts) -> dict[str, object]:
     return {"path": facts.binary, "ancestors": facts.ancestors, "cmdline_paths": facts.cmdline}
 
 
-def _request(request: Request, stand_in: bool) -> dict[str, object]:
+def _request(request: Request, stand_in: bool, candidates: Sequence[CompiledEndpoint]) -> dict[str, object]:
     path = ("/%2F" if "%2F" in request.path else "/") if stand_in else request.path
     values: dict[str, list[str]] = {}
     for key, value in request.query:
         values.setdefault(key, []).append(value)
-    return {"method": ascii_upper(request.method), "path": path, "query_params": values}
+    entry: dict[str, object] = {"method": ascii_upper(request.method), "path": path, "query_params": values}
+    body = request.body
+    if body is not None and body.error:
+        entry["rejected"] = stand_in or rejection(body)
+    elif isinstance(body, RpcBody):
+        entry["rpc"] = call_input(body, request.method, (c.calls for c in candidates if c.calls))
+    return entry
 
 
 def _with_request(globs: _Globs, candidate: CompiledEndpoint, request: Request, whole: bool) -> str:
@@ -91,7 +100,16 @@ def _with_request(globs: _Globs, candidate: CompiledEndpoint, request: Request, 
         for match in live:
             globs.match_values(match.query_globs, {value for _, value in request.query})
         sections.append(",".join(match.json for match in live))
-    return f'{{{candidate.request_json},"rules":[{sections[0]}],"deny_rules":[{sections[1]}]}}'
+    text = f'{candidate.request_json},"rules":[{sections[0]}],"deny_rules":[{sections[1]}]'
+    return f"{{{text}{_for_body(candidate, request.body)}}}"
+
+
+def _for_body(candidate: CompiledEndpoint, body: Body | None) -> str:
+    """What the endpoint says of the body: whether it can judge it, and its rules on what is in it."""
+    text = ',"built":true' if candidate.reads == (body.protocol if body and candidate.reads else "") else ""
+    if isinstance(body, RpcBody) and candidate.calls:
+        text += f",{candidate.calls.members}"
+    return text
 
 
 class _Globs:

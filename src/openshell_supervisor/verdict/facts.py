@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from openshell_supervisor.policy.globs import path_selected, path_specificity
 from openshell_supervisor.policy.model import Endpoint
+from openshell_supervisor.verdict.bodies.json_rpc import RpcBody
 from openshell_supervisor.verdict.targets import TargetError, canonical_host, canonical_target, parse_query
 
 __all__ = [
+    "Body",
     "Facts",
     "MatchedEndpoint",
     "Request",
@@ -23,13 +26,22 @@ __all__ = [
 ]
 
 
+Body = RpcBody
+"""What was read of a request beyond its head. Each has `protocol`, as what it was read; `error`, a reason to refuse it; and
+`texts()`, all that the workload wrote in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request: `path` is canonical and has no query, `query` holds decoded pairs in order."""
+    """One HTTP request: `path` is canonical and has no query, `query` holds decoded pairs in order.
+
+    `body` is None where nothing but the head was read; that suffices for protocol rest alone.
+    """
 
     method: str
     path: str
     query: tuple[tuple[str, str], ...] = ()
+    body: Body | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +68,10 @@ class MatchedEndpoint:
     endpoint: Endpoint
 
 
+def _specificity(item: MatchedEndpoint) -> tuple[int, str, int]:
+    return path_specificity(item.endpoint.path), item.policy, item.index
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The decision. `reason_id` is stable; `reason` is a sentence, in upstream's words where upstream has one.
@@ -80,6 +96,14 @@ class Verdict:
     def inspected(self) -> bool:
         """True when requests of this connection must be looked at one by one."""
         return any(item.endpoint.inspected for item in self.endpoints)
+
+    def reads(self, path: str) -> MatchedEndpoint | None:
+        """The endpoint that says how a request to this canonical path is read, and what its denial means.
+
+        The most path-specific one that is selected, the last of equals; the rules choose the same. None where none covers it.
+        """
+        found = [item for item in self.endpoints if item.endpoint.inspected and path_selected(item.endpoint.path, path)]
+        return max(found, key=_specificity, default=None)
 
     @property
     def tls_skip(self) -> bool:

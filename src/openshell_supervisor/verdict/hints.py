@@ -6,6 +6,7 @@ import difflib
 
 from openshell_supervisor.policy.lint import HTTP_METHODS
 from openshell_supervisor.policy.model import L7Allow
+from openshell_supervisor.verdict.bodies.json_rpc import RpcBody
 from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Request, Verdict
 from openshell_supervisor.verdict.index import Index, domain
 from openshell_supervisor.verdict.reasons import MAX_QUOTED, quoted
@@ -50,6 +51,10 @@ def request_hint(
     where = f"policy '{selected.policy}', endpoints[{selected.index}] ({selected.endpoint.place()})"
     if reason_id == "protocol_not_built":
         return f"{where} has protocol {selected.endpoint.protocol}; only rest is inspected so far"
+    if reason_id == "json_rpc_rejected":
+        return "the request itself is at fault, no rule can allow it; the reason says what is wrong with it"
+    if reason_id == "json_rpc_response":
+        return "only protocol mcp lets a client answer the server"
     if reason_id == "invalid_request_target":
         return f"add `allow_encoded_slash: true` to {where}"
     if reason_id == "deny_rule":
@@ -60,12 +65,26 @@ def request_hint(
 
 
 def _rule(request: Request) -> str:
+    if isinstance(request.body, RpcBody):
+        return _call_rule(request.body)
     method = request.method.upper() if request.method.upper() in HTTP_METHODS else quoted(request.method)
     return f'{{method: {method}, path: "{quoted(request.path)}"}}'
 
 
+def _call_rule(body: RpcBody) -> str:
+    """A rule for the first call; which one of a batch was refused is not said here."""
+    if not body.calls:
+        return "{method: ...}, for POST alone"
+    call = body.calls[0]
+    if body.protocol == "mcp" and call.method == "tools/call":
+        return f'{{method: tools/call, tool: "{quoted(call.tool)}"}}'
+    return f'{{method: "{quoted(call.method)}"}}'
+
+
 def _nearly(request: Request, selected: MatchedEndpoint) -> str:
     """A remark where a rule came close: same path with another method, or a `*` that would have to cross a slash."""
+    if request.body is not None:
+        return ""
     rules: tuple[L7Allow, ...] = selected.endpoint.rules
     methods = [rule.method for rule in rules if rule.path == request.path]
     if methods:

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 from openshell_supervisor.policy.globs import path_specificity
 from openshell_supervisor.policy.model import Endpoint, L7Match, SandboxPolicy
-from openshell_supervisor.policy.not_built import BUILT_PROTOCOLS
+from openshell_supervisor.verdict.bodies.rules import CallRules, call_rules, members
 
+HEAD_SUFFICES = ("", "tcp", "rest")
+"""Protocols whose rules look at nothing but a request's head. The others allow only what was read as that protocol."""
 MAX_RELATIVES = 16
 """Hosts of one domain kept to recognise a misspelling; comparing is slow, and a denial must stay cheap."""
 
@@ -69,6 +71,8 @@ class CompiledEndpoint:
     path_globs: tuple[str, ...]
     rules: tuple[CompiledMatch, ...]
     deny_rules: tuple[CompiledMatch, ...]
+    reads: str
+    calls: CallRules | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +166,7 @@ def _compile_rule(policy: SandboxPolicy, key: str) -> CompiledRule:
 
 
 def _compile_endpoint(key: str, index: int, endpoint: Endpoint) -> CompiledEndpoint:
-    host = rule_host(endpoint.host)
+    host, protocol = rule_host(endpoint.host), endpoint.protocol.lower()
     connection: dict[str, object] = {
         "index": index,
         "host": host,
@@ -173,8 +177,7 @@ def _compile_endpoint(key: str, index: int, endpoint: Endpoint) -> CompiledEndpo
     }
     request: dict[str, object] = connection | {
         "inspected": endpoint.inspected,
-        "built": endpoint.protocol.lower() in BUILT_PROTOCOLS,
-        "protocol": endpoint.protocol.lower(),
+        "protocol": protocol,
         "path": endpoint.path,
         "specificity": path_specificity(endpoint.path),
         "allow_encoded_slash": endpoint.allow_encoded_slash,
@@ -185,22 +188,19 @@ def _compile_endpoint(key: str, index: int, endpoint: Endpoint) -> CompiledEndpo
         policy=key,
         index=index,
         endpoint=endpoint,
-        connection_json=_members(connection),
-        request_json=_members(request),
+        connection_json=members(connection),
+        request_json=members(request),
         host_glob=host if "*" in host else "",
         path_globs=tuple(sorted(paths - {"", "**"})),
         rules=rules,
         deny_rules=deny_rules,
+        reads="" if protocol in HEAD_SUFFICES else protocol,
+        calls=call_rules(endpoint),
     )
 
 
-def _members(entries: dict[str, object]) -> str:
-    """JSON of the entries that say something, without braces; the rules take what is absent for false."""
-    return json.dumps({key: value for key, value in entries.items() if value is not False}, separators=(",", ":"))[1:-1]
-
-
 def _matches(matches: Iterable[L7Match], endpoint: Endpoint) -> tuple[CompiledMatch, ...]:
-    """Rules as the Rego sees them, without those that can never fire (no method or no path; JSON-RPC methods)."""
+    """Rules as the Rego sees them, without those that can never fire (no method or path), nor those on calls."""
     if endpoint.protocol.lower() in ("json-rpc", "mcp"):
         return ()
     return tuple(_match(index, match) for index, match in enumerate(matches) if match.method and match.path)

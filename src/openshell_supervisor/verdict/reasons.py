@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Request, Verdict
+from openshell_supervisor.verdict.facts import Body, Facts, MatchedEndpoint, Request, Verdict
 
 MAX_QUOTED = 120
 """Characters of a request's own text repeated in a hint."""
@@ -33,6 +33,11 @@ def printable(text: str) -> str:
 def allowed_reason(request: Request, policy: str, rule: str) -> str:
     """The sentence of an allowed request."""
     return f"{printable(request.method)} {printable(request.path)} is allowed by {rule} of policy '{policy}'"
+
+
+def rejection(body: Body) -> str:
+    """The sentence that refuses a body with an error."""
+    return f"JSON-RPC request rejected: {printable(body.error)}"
 
 
 def connection_reason(facts: Facts, reason_id: str, policies: Sequence[str], errors: Sequence[str]) -> str:
@@ -63,6 +68,10 @@ def request_reason(
         return f"protocol {protocol} is not built yet, so no request to this endpoint is let through"
     if reason_id == "invalid_request_target":
         return "request-target contains an encoded '/' (%2F) which is not allowed on this endpoint"
+    if reason_id == "json_rpc_rejected" and request.body is not None:
+        return rejection(request.body)
+    if reason_id == "json_rpc_response":
+        return "JSON-RPC response frames are not permitted from client to server"
     if reason_id == "deny_rule":
         return f"{line} blocked by deny rule"
     if reason_id == "no_endpoint_path" and sum(item.endpoint.inspected for item in connection.endpoints) > 1:

@@ -9,11 +9,15 @@
 # input.network           {"host": lower case, "port": number}
 # input.exec              {"path", "ancestors", "cmdline_paths"}
 # input.request           {"method" in upper case, "path", "query_params": {name: [values]}}; absent for the question about a connection
+#                         Of a body also "rejected" (it may not be judged) or "rpc": {"verb", "calls": [{"name", "methods",
+#                         "tool_call", "tools"}], "responses", "receive_stream"}, where "methods" and "tools" are the patterns
+#                         that match, and "name" is the method where a rule names it.
 # input.runtime           {"require_binary_identity": bool}
 # input.policies_exist    false when the policy has no rule at all
 # input.network_policies  the rules that the index could not rule out: {key: {"endpoints": [..], "binaries": [..]}} in the shape of
 #                         upstream's data document. An endpoint also carries "index" (its place in the rule as written),
-#                         "wildcard", "hostless", "inspected", "built" (whether its protocol is), "specificity".
+#                         "wildcard", "hostless", "inspected", "built" (whether the request was read as its protocol),
+#                         "specificity"; and where a body was read, its rules on it ("call_rules", "deny_call_rules").
 # input.globs             which globs match, by kind: {"hosts", "binaries", "paths", "selectors": {pattern: true},
 #                         "queries": {pattern: {value: true}}, "invalid": {pattern: true}}. The dialect is upstream's, which no
 #                         evaluator's glob.match speaks; a pattern that is not asked here is not there.
@@ -213,8 +217,8 @@ method_matches(method) if method == input.request.method
 
 method_matches("GET") if input.request.method == "HEAD"
 
-# A rule of an endpoint whose protocol is not built allows nothing; its deny rules with method and path still deny.
-allowed_by contains [item.policy, item.endpoint.index, rule.index] if {
+# A rule of an endpoint as whose protocol the request was not read allows nothing; its deny rules with method and path still deny.
+head_allowed_by contains [item.policy, item.endpoint.index, rule.index] if {
 	some item in taking_part
 	item.endpoint.built
 	some rule in item.endpoint.rules
@@ -300,6 +304,137 @@ request_errors contains glob if {
 	path_matches(rule.path)
 }
 
+# ---- calls: JSON-RPC and MCP ------------------------------------------------------------------------------------------------
+
+# The endpoints that can say yes to a call: those as whose protocol the request was read.
+call_endpoints := [item.endpoint | some item in taking_part; item.endpoint.built; item.endpoint.call_rules]
+
+call_allowed_by contains [item.policy, item.endpoint.index, rule.index] if {
+	input.request.rpc.verb == "POST"
+	some item in taking_part
+	item.endpoint.built
+	some rule in item.endpoint.call_rules
+	some call in input.request.rpc.calls
+	call_matches(item.endpoint.protocol, rule, call)
+}
+
+# By no single rule (-1): the profile that allows every method, an answer to the server, the stream of its messages.
+call_allowed_by contains [item.policy, item.endpoint.index, -1] if {
+	some item in taking_part
+	item.endpoint.built
+	some call in input.request.rpc.calls
+	profile_allows(item.endpoint, call)
+}
+
+call_allowed_by contains [item.policy, item.endpoint.index, -1] if {
+	some item in taking_part
+	item.endpoint.built
+	item.endpoint.call_rules
+	answer_allowed(item.endpoint.protocol)
+}
+
+call_matches("json-rpc", rule, _) if rule.method == "*"
+
+call_matches("json-rpc", rule, call) if {
+	call.name != ""
+	rule.method == call.name
+}
+
+call_matches("mcp", rule, call) if {
+	call.methods[rule.method]
+	tool_matches(rule, call)
+}
+
+tool_matches(rule, _) if not rule.tools
+
+tool_matches(rule, call) if {
+	some glob in rule.tools
+	call.tools[glob]
+}
+
+# With rules on tools the profile no longer covers calls of tools.
+profile_allows(endpoint, call) if {
+	endpoint.profile
+	input.request.rpc.verb == "POST"
+	not narrowed(endpoint, call)
+}
+
+narrowed(endpoint, call) if {
+	endpoint.tool_rules
+	call.tool_call
+}
+
+answer_allowed("mcp") if {
+	input.request.rpc.responses
+	input.request.rpc.verb == "POST"
+}
+
+answer_allowed("mcp") if {
+	input.request.rpc.receive_stream
+	input.request.rpc.verb == "GET"
+}
+
+# Of a batch every call must be allowed, each perhaps by another endpoint.
+calls_allowed if {
+	count(call_allowed_by) > 0
+	not call_refused
+	not answer_refused
+}
+
+call_refused if {
+	some call in input.request.rpc.calls
+	not call_allowed(call)
+}
+
+call_allowed(call) if {
+	input.request.rpc.verb == "POST"
+	some endpoint in call_endpoints
+	some rule in endpoint.call_rules
+	call_matches(endpoint.protocol, rule, call)
+}
+
+call_allowed(call) if {
+	some endpoint in call_endpoints
+	profile_allows(endpoint, call)
+}
+
+answer_refused if {
+	input.request.rpc.responses
+	count([endpoint | some endpoint in call_endpoints; answer_allowed(endpoint.protocol)]) == 0
+}
+
+denied_by contains [item.policy, item.endpoint.index, rule.index] if {
+	input.request.rpc.verb == "POST"
+	some item in taking_part
+	some rule in item.endpoint.deny_call_rules
+	some call in input.request.rpc.calls
+	call_matches(item.endpoint.protocol, rule, call)
+}
+
+# A client has nothing to answer in plain JSON-RPC.
+response_refused if {
+	input.request.rpc.responses
+	input.request.rpc.verb == "POST"
+	some item in taking_part
+	item.endpoint.call_rules
+	item.endpoint.protocol == "json-rpc"
+}
+
+request_errors contains rule.invalid if {
+	input.request.rpc
+	some item in taking_part
+	some rule in array.concat(item.endpoint.call_rules, item.endpoint.deny_call_rules)
+	rule.invalid
+}
+
+# ---- the outcome ---------------------------------------------------------------------------------------------------------
+
+default permitted := false
+
+permitted if count(head_allowed_by) > 0
+
+permitted if calls_allowed
+
 request_outcome := network_outcome if {
 	not allow_network
 } else := "allowed" if {
@@ -312,10 +447,14 @@ request_outcome := network_outcome if {
 	not selected_endpoint.built
 } else := "invalid_request_target" if {
 	encoded_slash_refused
+} else := "json_rpc_rejected" if {
+	input.request.rejected
+} else := "json_rpc_response" if {
+	response_refused
 } else := "deny_rule" if {
 	count(denied_by) > 0
 } else := "allowed" if {
-	count(allowed_by) > 0
+	permitted
 } else := "rule_not_matched"
 
 encoded_slash_refused if {
@@ -337,6 +476,10 @@ request_deny_reason := deny_reason if {
 	request_outcome == "protocol_not_built"
 } else := "request-target contains an encoded '/' (%2F) which is not allowed on this endpoint" if {
 	request_outcome == "invalid_request_target"
+} else := input.request.rejected if {
+	request_outcome == "json_rpc_rejected"
+} else := "JSON-RPC response frames are not permitted from client to server" if {
+	request_outcome == "json_rpc_response"
 } else := concat(" ", [request_line, "blocked by deny rule"]) if {
 	request_outcome == "deny_rule"
 } else := "no L7 endpoint path matched request" if {
@@ -350,7 +493,7 @@ request_authorization := {
 	"allow": allow_request,
 	"reason_id": request_outcome,
 	"errors": request_errors,
-	"allowed_by": allowed_by,
+	"allowed_by": head_allowed_by | call_allowed_by,
 	"denied_by": denied_by,
 	"selected": object.get({"triple": selected | count(candidates) > 0}, "triple", []),
 }

@@ -1,0 +1,194 @@
+"""`openshell-supervisor explain`: one question, a file of cases, or a recording, under a policy file.
+
+Exit codes are those of grep and diff: 0 for yes (allowed; every case agrees; nothing would change), 1 for no, 2 where there is no
+answer because the input is unusable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import ipaddress
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from openshell_supervisor.errors import SettingsError
+from openshell_supervisor.explain import wording
+from openshell_supervisor.explain.question import CONNECT, TRANSPORTS, Question, ask
+from openshell_supervisor.policy.not_built import not_built
+from openshell_supervisor.policy.yaml_file import load
+from openshell_supervisor.verdict.decide import Generation, build_generation
+
+YES, NO = 0, 1
+GENERATION = 1
+MAX_ARGUMENT = 8192
+"""Characters of one argument; the longest request target that is not refused has 4096 and a query."""
+EPILOG = "exit code: 0 allowed (all cases agree, nothing would change), 1 not, 2 unusable input; see docs/explain.md"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose faults are errors like any other of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"explain: {message}", code="usage", hint="openshell-supervisor explain --help")
+
+
+def explain(arguments: Sequence[str]) -> int:
+    """Answer, print, and give the exit code. Raises `SupervisorError` for unusable input."""
+    options = _options(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a policy may hold names that the terminal cannot show
+    try:
+        if options.cases:
+            code = _cases(Path(options.cases))
+        elif options.replay:
+            code = _replay(options)
+        else:
+            code = _single(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # a reader that has seen enough (`| head`)
+        with contextlib.suppress(OSError):  # or the interpreter complains when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `explain`."""
+    made = _Parser(
+        prog="openshell-supervisor explain",
+        description="Would this leave the sandbox? Which rule decides, and which one would have allowed it?",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("--policy", metavar="FILE", help="the policy (YAML)")
+    add("--host", metavar="NAME", help="where to: a name or an address")
+    add("--port", metavar="N", help="the port, 1 to 65535")
+    add("--method", metavar="M", help="the method of a request; without one the question is about the connection")
+    add("--path", metavar="P", help="the path of the request as it is sent, with ?query")
+    add(
+        "--transport", choices=TRANSPORTS, default=CONNECT, help="in a tunnel (https), or as an absolute http:// target"
+    )
+    add("--binary", metavar="FILE", help="the calling program; without one the policy's binaries are not looked at")
+    add("--ancestor", metavar="FILE", action="append", default=[], help="a parent of the program, the nearest first")
+    add(
+        "--address",
+        metavar="IP",
+        action="append",
+        default=[],
+        help="what the host resolves to; names are never looked up",
+    )
+    add("--cases", metavar="FILE", help="JSON lines: policies with questions and expected answers")
+    add("--replay", metavar="FILE", help="JSON lines as --ocsf-file writes them: what would change under --policy?")
+    add("--json", action="store_true", help="one JSON object instead of text")
+    return made
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    made = parser()
+    options = made.parse_args(list(arguments))
+    single = [name for name in ("host", "port", "method", "path", "binary") if getattr(options, name) is not None]
+    single += [name for name in ("ancestor", "address") if getattr(options, name)]
+    if options.cases and (options.replay or options.policy or single):
+        made.error("--cases stands alone: its lines hold the policies and the questions")
+    if options.replay and single:
+        made.error(f"--replay takes its questions from the file, so --{single[0]} has no place beside it")
+    if not options.cases and not options.policy:
+        made.error("--policy FILE is missing")
+    if not options.cases and not options.replay:
+        _check_single(made, options)
+    return options
+
+
+def _check_single(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.host is None or options.port is None:
+        made.error("--host and --port say where to; or give --cases or --replay")
+    if not (options.port.isascii() and options.port.isdigit() and 0 < int(options.port[:6]) < 65536):
+        made.error(f"--port {wording.shown(options.port)} is not a port, 1 to 65535")
+    if (options.method is None) != (options.path is None):
+        made.error("--method and --path belong together")
+    if options.path is not None and not options.path.startswith("/"):
+        made.error("--path begins with /; the host is said by --host")
+    if options.ancestor and options.binary is None:
+        made.error("--ancestor needs --binary")
+    for name in ("host", "method", "path", "binary"):
+        if len(getattr(options, name) or "") > MAX_ARGUMENT:
+            made.error(f"--{name} is longer than {MAX_ARGUMENT} characters")
+    for address in options.address:
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            made.error(f"--address {wording.shown(address)} is not an IP address")
+
+
+def _generation(file: str, *, binaries: bool) -> Generation:
+    return build_generation(load(Path(file)).policy, GENERATION, binaries)
+
+
+def _single(options: argparse.Namespace) -> int:
+    generation = _generation(options.policy, binaries=options.binary is not None)
+    addresses = tuple(options.address) or None
+    with contextlib.suppress(ValueError):  # an address is what it resolves to
+        addresses = (str(ipaddress.ip_address(options.host.strip("[]"))),)
+    question = Question(
+        options.host,
+        int(options.port),
+        options.method or "",
+        options.path or "",
+        options.transport,
+        options.binary or "",
+        tuple(options.ancestor),
+        (),
+        addresses,
+    )
+    answer = ask(question, generation)
+    told = wording.Told.of(question, answer, generation, _notes(options, generation))
+    _write([told.as_json() if options.json else told.text()])
+    return YES if answer.allow else NO
+
+
+def _notes(options: argparse.Namespace, generation: Generation) -> tuple[str, ...]:
+    """What the answer leaves out, so that nobody takes it for more than it is."""
+    listed = any(rule.binaries for rule in generation.policy.network_policies.values())
+    unbuilt = {problem.code for problem in not_built(generation.policy)}
+    if options.binary is not None and "not_built.binaries" in unbuilt:
+        return ("the supervisor does not enforce binaries yet: any program gets what some program gets here",)
+    if options.binary is None and listed:
+        return ("the policy's binaries were not looked at; --binary names the calling program",)
+    return ()
+
+
+def _cases(path: Path) -> int:
+    from openshell_supervisor.explain import cases
+
+    agree = True
+    for decided in cases.decide_all(cases.read(path)):
+        _write([decided.line()])
+        wrong = decided.disagreements()
+        if wrong:
+            agree = False
+            sys.stdout.flush()
+            sys.stderr.write(f"{wording.shown(decided.case.id)}: {wording.printable('; '.join(wrong))}\n")
+    return YES if agree else NO
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from openshell_supervisor.explain import replay
+
+    outcome = replay.replay(Path(options.replay), _generation(options.policy, binaries=False))
+    if options.json:
+        _write([json.dumps(wording.replay_as_json(outcome), ensure_ascii=True)])
+    else:
+        _write(wording.replay_lines(outcome))
+    return NO if outcome.changes else YES
+
+
+def _write(lines: Iterable[str]) -> None:
+    for line in lines:
+        sys.stdout.write(f"{line}\n")

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 TIMEOUT = 1.0
 """Seconds for a question, a push or a health check (issue 4). An answer of a server beside us takes some milliseconds."""
-HEALTH_INTERVAL = 2.0
-"""Seconds between health checks, so that a silent server is known before a workload waits for it."""
+HEALTH_INTERVAL = 1.0
+"""Seconds between health checks. For so long, and the check's own second, remembered verdicts hold after the server died."""
 RETRY_INTERVAL = 0.25
 """Seconds between attempts while it is away; also how soon after its return decisions are made again."""
 ROUNDS = 8
@@ -229,5 +229,5 @@ def _said(error: Exception) -> str:
     """What went wrong in one line: type and text, never a token (none of these carries a header)."""
     if isinstance(error, TimeoutError):
         return f"no answer within {TIMEOUT:g} s"
-    text = " ".join(str(getattr(error, "message", "") or error).split())
+    text = " ".join(str(error if getattr(error, "errors", None) else getattr(error, "message", "") or error).split())
     return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__

@@ -19,6 +19,7 @@ USAGE = f"""openshell-supervisor {__version__}: run a command behind the stronge
 
   openshell-supervisor [run] [OPTIONS] -- COMMAND [ARG ...]
   openshell-supervisor check POLICY [POLICY ...]
+  openshell-supervisor explain --policy FILE --host NAME --port N [--method M --path P] [OPTIONS]
   openshell-supervisor doctor [--json] [--require LAYERS] [OPTIONS]
   openshell-supervisor --version
 
@@ -105,7 +106,14 @@ def doctor(arguments: Sequence[str]) -> int:
     return examine(arguments)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "check": check, "doctor": doctor}
+def explain(arguments: Sequence[str]) -> int:
+    """`explain`: what a policy says of a request, of cases or of a recording; 0 for yes, 1 for no."""
+    from openshell_supervisor.explain.command import explain as answer
+
+    return answer(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "check": check, "explain": explain, "doctor": doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -44,6 +44,5 @@ RESERVED_WORDS = {
     "copy-self": "copying the supervisor into another image is not built yet",
     "debug-rpc": "the gateway client is not built yet",
     "validate-workspace": "the workspace check is not built yet",
-    "explain": "explain is not built yet",
     "exec": "exec is not built yet",
 }

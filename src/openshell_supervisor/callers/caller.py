@@ -22,6 +22,11 @@ class Caller:
     problem_id: str = ""
     pid: int = 0
 
+    @property
+    def weight(self) -> int:
+        """Characters of its paths: what remembering it costs."""
+        return len(self.binary) + sum(map(len, self.ancestors)) + sum(map(len, self.cmdline))
+
 
 class CallerError(Exception):
     """Who asks cannot be told. `code` is stable: caller_unknown, caller_ambiguous, caller_unreadable or binary_changed.

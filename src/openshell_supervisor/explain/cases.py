@@ -100,13 +100,17 @@ def _input_problem(case: Case) -> str:
     port = given.get("port")
     if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
         return f"`input.port` is not a port: {shown(port)}"
-    for name in ("host", "binary", *(("method", "target") if case.kind == "l7" else ())):
-        if not isinstance(given.get(name, "" if name == "binary" else None), str):
+    needed = ("host", "method", "target") if case.kind == "l7" else ("host",)
+    for name in (*needed, "binary", "body"):
+        if not isinstance(given.get(name, None if name in needed else ""), str):
             return f"`input.{name}` is not {_TEXT}: {shown(given.get(name))}"
     for name in ("ancestors", "cmdline", "resolved_ips"):
         found = given.get(name, [])
         if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
             return f"`input.{name}` is not {_TEXTS}: {shown(found)}"
+    headers = given.get("headers", {})
+    if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
+        return f"`input.headers` is not an object of texts: {shown(headers)}"
     if given.get("transport", CONNECT) not in TRANSPORTS:
         return f"`input.transport` is none of {', '.join(TRANSPORTS)}: {shown(given['transport'])}"
     try:
@@ -123,8 +127,8 @@ def why_not(case: Case) -> str:
         return "the files pipeline (a rules file with a data file) is not read here"
     if "trusted_gateway" in case.given:
         return "trusted gateways are not built"
-    if "body" in case.given or "websocket_text" in case.given or case.given.get("websocket_upgrade"):
-        return "bodies and messages are not read yet"
+    if "websocket_text" in case.given or case.given.get("websocket_upgrade"):
+        return "WebSocket upgrades and messages are not read here yet"
     if "authority" in case.given or "host" in {name.lower() for name in case.given.get("headers", {})}:
         return "the authority of a request is compared with its tunnel's by the proxy, not by the policy"
     return ""
@@ -154,6 +158,8 @@ def question(case: Case) -> Question:
         tuple(given.get("ancestors", ())),
         tuple(given.get("cmdline", ())),
         tuple(given["resolved_ips"]) if "resolved_ips" in given else None,
+        tuple((name.lower(), value) for name, value in given.get("headers", {}).items()),
+        given.get("body", "").encode("utf-8", "surrogatepass"),
         policy_only=True,
     )
 

@@ -72,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     add("--port", metavar="N", help="the port, 1 to 65535")
     add("--method", metavar="M", help="the method of a request; without one the question is about the connection")
     add("--path", metavar="P", help="the path of the request as it is sent, with ?query")
+    add("--header", metavar="NAME: VALUE", action="append", default=[], help="a header field, where rules read bodies")
+    add("--body", metavar="TEXT", help="the body, where rules read bodies (json-rpc, mcp)")
     add(
         "--transport", choices=TRANSPORTS, default=CONNECT, help="in a tunnel (https), or as an absolute http:// target"
     )
@@ -93,8 +95,10 @@ def parser() -> argparse.ArgumentParser:
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     made = parser()
     options = made.parse_args(list(arguments))
-    single = [name for name in ("host", "port", "method", "path", "binary") if getattr(options, name) is not None]
-    single += [name for name in ("ancestor", "address") if getattr(options, name)]
+    single = [
+        name for name in ("host", "port", "method", "path", "body", "binary") if getattr(options, name) is not None
+    ]
+    single += [name for name in ("ancestor", "address", "header") if getattr(options, name)]
     if options.cases and (options.replay or options.policy or single):
         made.error("--cases stands alone: its lines hold the policies and the questions")
     if options.replay and single:
@@ -115,6 +119,10 @@ def _check_single(made: argparse.ArgumentParser, options: argparse.Namespace) ->
         made.error("--method and --path belong together")
     if options.path is not None and not options.path.startswith("/"):
         made.error("--path begins with /; the host is said by --host")
+    if options.method is None and (options.body is not None or options.header):
+        made.error("--header and --body belong to a request: --method and --path are missing")
+    if any(":" not in field for field in options.header):
+        made.error("--header is NAME: VALUE")
     if options.ancestor and options.binary is None:
         made.error("--ancestor needs --binary")
     for name in ("host", "method", "path", "binary"):
@@ -136,16 +144,18 @@ def _single(options: argparse.Namespace) -> int:
     addresses = tuple(options.address) or None
     with contextlib.suppress(ValueError):  # an address is what it resolves to
         addresses = (str(ipaddress.ip_address(options.host.strip("[]"))),)
+    fields = (field.partition(":") for field in options.header)
     question = Question(
-        options.host,
-        int(options.port),
-        options.method or "",
-        options.path or "",
-        options.transport,
-        options.binary or "",
-        tuple(options.ancestor),
-        (),
-        addresses,
+        host=options.host,
+        port=int(options.port),
+        method=options.method or "",
+        target=options.path or "",
+        transport=options.transport,
+        binary=options.binary or "",
+        ancestors=tuple(options.ancestor),
+        addresses=addresses,
+        headers=tuple((name.strip().lower(), value.strip()) for name, _, value in fields),
+        body=os.fsencode(options.body or ""),
     )
     answer = ask(question, generation)
     told = wording.Told.of(question, answer, generation, _notes(options, generation))

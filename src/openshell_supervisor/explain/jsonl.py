@@ -34,12 +34,11 @@ def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             code="unreadable_file",
             hint="check the path and its permissions",
         ) from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise SettingsError(f"{path}: it is not a regular file", code="invalid_file", hint="name a file of JSON lines")
     with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise SettingsError(
-                f"{path}: it is not a regular file", code="invalid_file", hint="name a file of JSON lines"
-            )
         if found.st_size > MAX_FILE:
             size = f"{found.st_size >> 20} MiB, more than {MAX_FILE >> 20} MiB"
             raise SettingsError(f"{path}: the file has {size}", code="invalid_file", hint="split it")

@@ -10,6 +10,8 @@ import ipaddress
 import re
 from dataclasses import dataclass, replace
 
+from openshell_supervisor.verdict.bodies.read import read_body
+from openshell_supervisor.verdict.bodies.wire import BodyError
 from openshell_supervisor.verdict.decide import Generation, decide
 from openshell_supervisor.verdict.facts import (
     Facts,
@@ -34,6 +36,7 @@ ALLOWED, BLOCKED, AUDITED, REJECTED = "allowed", "blocked", "audited", "rejected
 class Question:
     """Who wants to go where. Without a `method` it is about the connection; `target` is a path, perhaps with `?query`, as sent.
 
+    `headers` (names in lower case) and `body` matter to protocols whose rules look into bodies.
     `addresses` are what the host resolves to (empty: to nothing); None leaves the check of addresses out. `policy_only` puts
     to the policy what the proxy refuses before: a host that is no name, a method CONNECT inside a tunnel.
     """
@@ -47,6 +50,8 @@ class Question:
     ancestors: tuple[str, ...] = ()
     cmdline: tuple[str, ...] = ()
     addresses: tuple[str, ...] | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = b""
     policy_only: bool = False
 
 
@@ -55,7 +60,7 @@ class Answer:
     """What the proxy would do, and the verdict it would do it on.
 
     `outcome` is one of allowed, blocked (403), audited (let through, and logged) and rejected (400: no verdict was come to).
-    `stage` is what had the last word: host, connection, address, target or request. `path` is canonical, empty where no
+    `stage` is what had the last word: host, connection, address, target, body or request. `path` is canonical, empty where no
     request was looked at; `facts` is all that is known of the question, more than was asked where the connection is denied.
     """
 
@@ -113,9 +118,17 @@ def _request(question: Question, facts: Facts, passage: Verdict, generation: Gen
         pairs = parse_query(query)
     except TargetError as error:
         return _rejected("target", error, facts, generation)
-    facts = replace(facts, request=Request(question.method, path, pairs))
+    request = Request(question.method, path, pairs)
+    facts = replace(facts, request=request)
     if not passage.allow or not passage.inspected:
         return replace(_by(passage, "connection", facts), path=path)
+    reader = passage.reads(path)
+    if reader is not None:
+        try:
+            request = read_body(request, reader.endpoint, question.headers, question.body)
+        except BodyError as error:
+            return replace(_rejected("body", error, facts, generation), path=path)
+        facts = replace(facts, request=request)
     return replace(_by(decide(facts, generation), "request", facts), path=path)
 
 
@@ -168,6 +181,6 @@ def _by(verdict: Verdict, stage: str, facts: Facts) -> Answer:
     return Answer(outcome, stage, verdict, facts, verdict.reason_id, verdict.reason, verdict.hint)
 
 
-def _rejected(stage: str, error: TargetError, facts: Facts, generation: Generation) -> Answer:
+def _rejected(stage: str, error: TargetError | BodyError, facts: Facts, generation: Generation) -> Answer:
     verdict = Verdict(False, error.reason_id, error.message, generation=generation.number)
     return Answer(REJECTED, stage, verdict, facts, error.reason_id, error.message)

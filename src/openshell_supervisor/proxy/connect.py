@@ -95,6 +95,7 @@ class ConnectHandler:
 
     async def serve(self, client: socket.socket, origin: Origin) -> None:
         """A CONNECT, from its verdict to the end of its tunnel."""
+        await self._gate.prepare(origin.host, origin.port)
         verdict = self._gate.connection(origin.host, origin.port)
         if not verdict.allow:
             self._gate.connect_denied(origin, verdict)
@@ -156,6 +157,7 @@ class ConnectHandler:
         host, port = connection.address[0], connection.address[1]
         origin = Origin(session.origin.source, host, port, "http", forward=True)
         try:
+            await self._gate.prepare(host, port)
             destination = await self._resolve(origin, self._gate.connection(host, port), "FORWARD")
             upstream = await self._dial(origin, destination)
             return await self._upstream_wire(session, upstream, origin, None, connection)

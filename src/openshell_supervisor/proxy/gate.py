@@ -7,14 +7,14 @@ pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Unpack
 
 from openshell_supervisor.proxy import denials
 from openshell_supervisor.proxy.denials import Denial
 from openshell_supervisor.telemetry.events import Endpoint, Severity, Telemetry, Traffic
-from openshell_supervisor.verdict.decide import Generation, decide
+from openshell_supervisor.verdict.decide import FLEETING, Generation, decide
 from openshell_supervisor.verdict.facts import Facts, Request, TargetError, Verdict, canonical_target, parse_query
 
 # Remembered rulings of the current generation; one is a few hundred bytes. A workload that asks for more distinct targets
@@ -48,6 +48,7 @@ class Ruling:
     policy: str
     engine: str
     reason: str | None
+    fleeting: bool = False
 
 
 class Gate:
@@ -59,6 +60,19 @@ class Gate:
         self._telemetry = telemetry
         self._rulings: dict[tuple[str, int, bool, str, str], Ruling] = {}
         self._rulings_of = -1
+
+    async def prepare(self, host: str, port: int) -> None:
+        """Let an engine that answers from afar have its answer about a connection ready; otherwise it returns at once."""
+        generation = self.generation()
+        if generation.afar:
+            await generation.prepare(Facts(host=host, port=port))
+
+    def preparation(self, origin: Origin, method: str, target: str) -> Awaitable[None] | None:
+        """What to await before `request`: None where the engine is in the process."""
+        generation = self.generation()
+        if not generation.afar:
+            return None
+        return generation.prepare(lambda: self._rule(origin, method, target, generation))
 
     # -- connections (L4) ------------------------------------------------------------------------------------------
 
@@ -128,10 +142,10 @@ class Gate:
             self._rulings.clear()
             self._rulings_of = generation.number
         key = (origin.host, origin.port, origin.forward, method, target)
-        ruling = self._rulings.get(key)
+        ruling = None if generation.outage else self._rulings.get(key)
         if ruling is None:
             ruling = self._rule(origin, method, target, generation)
-            if len(target) <= MAX_REMEMBERED_TARGET:
+            if len(target) <= MAX_REMEMBERED_TARGET and not ruling.fleeting:
                 self._rulings[key] = ruling
         self._record(origin, method, ruling, upgrade)
         return ruling
@@ -172,6 +186,7 @@ class Gate:
             policy=passage.policy or "-",
             engine="http-parser",
             reason=text,
+            fleeting=passage.reason_id in FLEETING,
         )
 
     def _ruling(
@@ -203,6 +218,7 @@ class Gate:
             policy=verdict.policy or "-",
             engine="l7" if by_rules else "opa",
             reason=verdict.reason if refused or decision == "audit" else None,
+            fleeting=verdict.reason_id in FLEETING,
         )
 
     def _record(self, origin: Origin, method: str, ruling: Ruling, upgrade: bool) -> None:

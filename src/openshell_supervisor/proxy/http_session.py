@@ -21,7 +21,7 @@ from mitmproxy.proxy.mode_specs import ProxyMode
 from openshell_supervisor.proxy import http_wire
 from openshell_supervisor.proxy.denials import Denial, failure
 from openshell_supervisor.proxy.gate import Gate, Origin
-from openshell_supervisor.proxy.http_stream import PolicyLayer
+from openshell_supervisor.proxy.http_stream import PolicyLayer, Prepare, PrepareCompleted
 from openshell_supervisor.proxy.inspection import Inspection
 from openshell_supervisor.proxy.local import LocalHost
 from openshell_supervisor.proxy.wire import Wire
@@ -89,6 +89,7 @@ class HttpSession:
         self._dirty: list[Wire] = []
         self._busy = False
         self._dials: set[asyncio.Task[None]] = set()
+        self._preparing: set[asyncio.Task[None]] = set()
         self._failures: dict[tuple[str, int], Denial] = {}
         self._last = self._loop.time()
         self._linger_until = 0.0
@@ -189,7 +190,7 @@ class HttpSession:
                     and self._layer.client_is_behind_for(connection)
                 )
                 other.allow_reading(not client.full and not behind)
-        client.allow_reading(not upstream_full and not self._dials)
+        client.allow_reading(not upstream_full and not self._dials and not self._preparing)
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
@@ -228,10 +229,34 @@ class HttpSession:
             self._open(command)
         elif isinstance(command, commands.CloseConnection):
             self._close(command)
+        elif isinstance(command, Prepare):
+            self._start_preparing(command)
         elif isinstance(command, commands.RequestWakeup):
             self._loop.call_later(command.delay, self._wake, command)
         else:
             raise RuntimeError(f"unexpected command {type(command).__name__}")
+
+    def _start_preparing(self, command: Prepare) -> None:
+        task = self._loop.create_task(self._prepare(command))
+        self._preparing.add(task)
+        task.add_done_callback(self._preparing.discard)
+        client = self._wires.get(self.client)
+        if client is not None:
+            client.allow_reading(False)
+
+    async def _prepare(self, command: Prepare) -> None:
+        try:
+            await command.awaited
+        except Exception as failed:  # noqa: BLE001 - a task boundary: the question stays unanswered, so it is denied
+            self._gate.failed(f"HTTP relay error: no verdict ({type(failed).__name__})", self.origin)
+        self._preparing.discard(asyncio.current_task())
+        if self.done.done():
+            return
+        self._queue.append(PrepareCompleted(command))
+        self._run()
+        client = self._wires.get(self.client)
+        if client is not None:
+            self.write_pressure(client)
 
     def _wake(self, command: commands.RequestWakeup) -> None:
         if not self.done.done():
@@ -311,7 +336,7 @@ class HttpSession:
 
     def _finish(self, reason: str) -> None:
         self._timer.cancel()
-        for task in list(self._dials):
+        for task in [*self._dials, *self._preparing]:
             task.cancel()
         if not self.done.done():
             self.done.set_result(reason)

@@ -8,6 +8,8 @@ refusal is sent at once, not after the body (trap 2). Bodies are never kept (tra
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mitmproxy import http
@@ -62,6 +64,23 @@ MAX_DISCARDED = 4 * 1024 * 1024
 _UNREACHABLE_HINT = "The request was allowed; the upstream is at fault or away. Retrying later is fine."
 
 
+class Prepare(commands.Command):
+    """Wait for what the verdict needs; the stream stands still, the others go on."""
+
+    blocking = True
+
+    def __init__(self, awaited: Awaitable[None]) -> None:
+        self.awaited = awaited
+
+
+@dataclass(repr=False)
+class PrepareCompleted(events.CommandCompleted):  # type: ignore[no-untyped-call]  # mitmproxy registers it
+    """The wait is over."""
+
+    command: Prepare
+    reply: None = None
+
+
 class PolicyStream(HttpStream):
     """A request and its response. `self.context.options.session` decides."""
 
@@ -89,6 +108,9 @@ class PolicyStream(HttpStream):
         self.flow.request = request
         self.flow.live = True
         head = event.head if isinstance(event, StrictRequestHeaders) else None
+        preparation = self.session.inspection.preparation(request, head)
+        if preparation is not None:
+            yield Prepare(preparation)
         answer = self.session.inspection.ask(request, head)
         if not isinstance(answer, bool):
             yield from self.refuse(answer, event.end_stream)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Awaitable
 
 from mitmproxy import http
 
@@ -56,6 +57,25 @@ class Inspection:
         self._local = local_host
         self._known_authority = ""
         self._origins: dict[str, Origin] = {}
+
+    def preparation(self, request: http.Request, head: RequestHead | None) -> Awaitable[None] | None:
+        """What to await before `ask`, where the engine answers from afar; None where there is nothing to wait for.
+
+        It looks at the same head as `ask` and refuses nothing; what cannot be read is refused there.
+        """
+        origin, method, target = self.origin, request.method, request.path
+        if head is not None:
+            method, target = head.method, head.target
+            absolute = split_absolute(target)
+            if absolute is not None:
+                target = absolute[2]
+                if origin.forward:
+                    try:
+                        name, port = split_authority(absolute[1], 80)
+                        origin = Origin(origin.source, canonical_host(name), port, "http", forward=True)
+                    except (HeadError, TargetError):
+                        return None
+        return self._gate.preparation(origin, method, target) if target.startswith("/") else None
 
     def ask(self, request: http.Request, head: RequestHead | None) -> Denial | bytes | bool:
         """Decide a request and make it ready to leave. A `Denial` (or the bytes of a local 200) is the answer; a bool means

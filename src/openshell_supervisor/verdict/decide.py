@@ -6,6 +6,7 @@ never raises: facts that make no sense and an engine that fails are denials. No 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,9 +37,9 @@ MAX_QUERY = 1024
 MAX_CALLERS = 256
 """Ancestors or command line paths in the facts; upstream follows 64 parents."""
 
-_FLEETING = frozenset(("engine_error", "engine_unavailable"))
+FLEETING = frozenset(("engine_error", "engine_unavailable"))
 """Denials that are not remembered: the next question may be answered."""
-SOFT = frozenset(("rule_not_matched", "deny_rule"))
+SOFT = frozenset(("rule_not_matched", "deny_rule", "graphql_not_registered"))
 """Denials of a request that an endpoint's `audit` softens: the rules judged it and said no. All others block."""
 UNAVAILABLE_HINT = "the OPA server of --opa-url decides here; decisions are made again as soon as it answers"
 ENGINE_HINT = (
@@ -71,10 +72,18 @@ class Generation:
         """Why nothing can be decided now, or an empty string; the embedded engine knows no outage."""
         return self._afar.outage if self._afar is not None else ""
 
-    async def prepare(self, facts: Facts) -> None:
-        """Have what `decide(facts, self)` will ask at hand, where the engine answers from afar; else it returns at once."""
+    @property
+    def afar(self) -> bool:
+        """True where `prepare` has to be awaited before a decision."""
+        return self._afar is not None
+
+    async def prepare(self, question: Facts | Callable[[], object]) -> None:
+        """Have the engine's answers to `question` at hand, where it answers from afar; else it returns at once.
+
+        `question` is facts, or something that decides and has no effect: it is run until no answer is missing.
+        """
         if self._afar is not None:
-            await self._afar.prepare(lambda: decide(facts, self))
+            await self._afar.prepare((lambda: decide(question, self)) if isinstance(question, Facts) else question)
 
     def request_answer(self, text: str) -> Any:
         """What the rules say of a request, from memory where the same input was asked before. Raises `EngineError`."""
@@ -123,7 +132,7 @@ def decide(facts: Facts, generation: Generation) -> Verdict:
     if fault:
         return _denied("malformed_facts", f"policy evaluation error: {fault}", generation)
     verdict = _decided(_canonical(facts, generation), generation)
-    if verdict.reason_id not in _FLEETING and _weight(facts) <= MAX_REMEMBERED:
+    if verdict.reason_id not in FLEETING and _weight(facts) <= MAX_REMEMBERED:
         generation.memory.put(facts, verdict)
     return verdict
 
@@ -140,7 +149,7 @@ def _decided(facts: Facts, generation: Generation) -> Verdict:
     if known is not None:
         return known
     verdict = _asked(facts, generation, generation.index.narrow(facts.host, facts.port))
-    if verdict.reason_id not in _FLEETING and _weight(facts) <= MAX_REMEMBERED:
+    if verdict.reason_id not in FLEETING and _weight(facts) <= MAX_REMEMBERED:
         generation.memory.put(facts, verdict)
     return verdict
 
@@ -152,7 +161,7 @@ def _asked(facts: Facts, generation: Generation, candidates: list[CompiledEndpoi
     try:
         if verdict is None:
             verdict = _connection(connection, generation, candidates)
-            if facts.request is not None and not whole and verdict.reason_id not in _FLEETING:
+            if facts.request is not None and not whole and verdict.reason_id not in FLEETING:
                 generation.memory.put(connection, verdict)
         if facts.request is None or not verdict.allow or not verdict.inspected:
             return verdict
@@ -208,7 +217,8 @@ def _request(
         return replace(verdict, reason=allowed_reason(request, policy, rule))
     reason_id = "engine_error" if reason_id == "allowed" else reason_id
     hint = request_hint(request, reason_id, selected, rule, connection)
-    reason = request_reason(request, reason_id, selected, sorted(answer["errors"]), connection)
+    vetoed = answer.get("vetoed") is True
+    reason = request_reason(request, reason_id, selected, sorted(answer["errors"]), connection, vetoed)
     return replace(verdict, reason_id=reason_id, reason=reason, hint=hint)
 
 

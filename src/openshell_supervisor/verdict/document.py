@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from openshell_supervisor.policy.globs import HOST, PATH, VALUE, GlobError, glob_match, glob_problem, path_selected
 from openshell_supervisor.verdict.bodies.json_rpc import RpcBody
 from openshell_supervisor.verdict.bodies.rules import call_input
+from openshell_supervisor.verdict.bodies.websocket import WebSocketPart
 from openshell_supervisor.verdict.facts import Body, Facts, Request
 from openshell_supervisor.verdict.index import CompiledEndpoint, CompiledRule, ascii_upper
-from openshell_supervisor.verdict.reasons import rejection
+from openshell_supervisor.verdict.reasons import refused_as, rejection
 
 _Answers = dict[str, bool]
 
@@ -82,9 +83,14 @@ def _request(request: Request, stand_in: bool, candidates: Sequence[CompiledEndp
     entry: dict[str, object] = {"method": ascii_upper(request.method), "path": path, "query_params": values}
     body = request.body
     if body is not None and body.error:
-        entry["rejected"] = stand_in or rejection(body)
+        entry["refused_as"] = refused_as(body)
+        entry["refusal"] = "" if stand_in else rejection(body)
     elif isinstance(body, RpcBody):
         entry["rpc"] = call_input(body, request.method, (c.calls for c in candidates if c.calls))
+    elif isinstance(body, WebSocketPart) and body.control:
+        entry["control"] = True
+    elif body is not None and body.graphql is not None:
+        entry["operations"] = True
     return entry
 
 
@@ -109,6 +115,9 @@ def _for_body(candidate: CompiledEndpoint, body: Body | None) -> str:
     text = ',"built":true' if candidate.reads == (body.protocol if body and candidate.reads else "") else ""
     if isinstance(body, RpcBody) and candidate.calls:
         text += f",{candidate.calls.members}"
+    if body is not None and body.graphql is not None and candidate.operations:
+        asked = json.dumps(candidate.operations.input(body.graphql), separators=(",", ":"))
+        text += f',{candidate.operations.members},"operations":{asked}'
     return text
 
 

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from openshell_supervisor.policy.globs import path_selected, path_specificity
 from openshell_supervisor.policy.model import Endpoint
+from openshell_supervisor.verdict.bodies.graphql import GraphqlBody
 from openshell_supervisor.verdict.bodies.json_rpc import RpcBody
+from openshell_supervisor.verdict.bodies.websocket import WebSocketPart
+from openshell_supervisor.verdict.bodies.wire import Unread
 from openshell_supervisor.verdict.targets import TargetError, canonical_host, canonical_target, parse_query
 
 __all__ = [
@@ -26,9 +29,9 @@ __all__ = [
 ]
 
 
-Body = RpcBody
-"""What was read of a request beyond its head. Each has `protocol`, as what it was read; `error`, a reason to refuse it; and
-`texts()`, all that the workload wrote in it."""
+Body = GraphqlBody | RpcBody | Unread | WebSocketPart
+"""What was read of a request beyond its head. Each has `protocol`, as what it was read; `error`, a reason to refuse it;
+`graphql`, the operations in it or None; and `texts()`, all that the workload wrote in it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,9 @@ import difflib
 
 from openshell_supervisor.policy.lint import HTTP_METHODS
 from openshell_supervisor.policy.model import L7Allow
+from openshell_supervisor.verdict.bodies.graphql import GraphqlBody
 from openshell_supervisor.verdict.bodies.json_rpc import RpcBody
+from openshell_supervisor.verdict.bodies.websocket import TEXT_METHOD
 from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Request, Verdict
 from openshell_supervisor.verdict.index import Index, domain
 from openshell_supervisor.verdict.reasons import MAX_QUOTED, quoted
@@ -51,8 +53,12 @@ def request_hint(
     where = f"policy '{selected.policy}', endpoints[{selected.index}] ({selected.endpoint.place()})"
     if reason_id == "protocol_not_built":
         return f"{where} has protocol {selected.endpoint.protocol}; only rest is inspected so far"
-    if reason_id == "json_rpc_rejected":
+    if reason_id in ("json_rpc_rejected", "graphql_rejected", "websocket_rejected"):
         return "the request itself is at fault, no rule can allow it; the reason says what is wrong with it"
+    if reason_id == "graphql_not_registered":
+        return (
+            f"register it: `persisted_queries: allow_registered` and an entry of `graphql_persisted_queries` in {where}"
+        )
     if reason_id == "json_rpc_response":
         return "only protocol mcp lets a client answer the server"
     if reason_id == "invalid_request_target":
@@ -67,6 +73,10 @@ def request_hint(
 def _rule(request: Request) -> str:
     if isinstance(request.body, RpcBody):
         return _call_rule(request.body)
+    if request.body is not None and request.body.graphql is not None:
+        return _operation_rule(request.body.graphql)
+    if request.method == TEXT_METHOD:
+        return f'{{method: {TEXT_METHOD}, path: "{quoted(request.path)}"}}'
     method = request.method.upper() if request.method.upper() in HTTP_METHODS else quoted(request.method)
     return f'{{method: {method}, path: "{quoted(request.path)}"}}'
 
@@ -79,6 +89,14 @@ def _call_rule(body: RpcBody) -> str:
     if body.protocol == "mcp" and call.method == "tools/call":
         return f'{{method: tools/call, tool: "{quoted(call.tool)}"}}'
     return f'{{method: "{quoted(call.method)}"}}'
+
+
+def _operation_rule(body: GraphqlBody) -> str:
+    """A rule for the first operation of a document."""
+    operation = next((item for item in body.operations if item.kind), None)
+    if operation is None:
+        return "{operation_type: ...}, for the operation it is registered as"
+    return f"{{operation_type: {operation.kind}, fields: [{quoted(', '.join(operation.fields))}]}}"
 
 
 def _nearly(request: Request, selected: MatchedEndpoint) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from openshell_supervisor.policy.globs import path_specificity
 from openshell_supervisor.policy.model import Endpoint, L7Match, SandboxPolicy
-from openshell_supervisor.verdict.bodies.rules import CallRules, call_rules, members
+from openshell_supervisor.verdict.bodies.rules import CallRules, OperationRules, call_rules, members, operation_rules
 
 HEAD_SUFFICES = ("", "tcp", "rest")
 """Protocols whose rules look at nothing but a request's head. The others allow only what was read as that protocol."""
@@ -73,6 +73,7 @@ class CompiledEndpoint:
     deny_rules: tuple[CompiledMatch, ...]
     reads: str
     calls: CallRules | None
+    operations: OperationRules | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,6 +197,7 @@ def _compile_endpoint(key: str, index: int, endpoint: Endpoint) -> CompiledEndpo
         deny_rules=deny_rules,
         reads="" if protocol in HEAD_SUFFICES else protocol,
         calls=call_rules(endpoint),
+        operations=operation_rules(endpoint),
     )
 
 

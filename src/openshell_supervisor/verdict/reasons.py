@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from openshell_supervisor.verdict.bodies.websocket import WebSocketPart
+from openshell_supervisor.verdict.bodies.wire import Unread
 from openshell_supervisor.verdict.facts import Body, Facts, MatchedEndpoint, Request, Verdict
 
 MAX_QUOTED = 120
@@ -32,12 +34,29 @@ def printable(text: str) -> str:
 
 def allowed_reason(request: Request, policy: str, rule: str) -> str:
     """The sentence of an allowed request."""
+    body = request.body
+    if isinstance(body, WebSocketPart) and body.control:
+        return f"GraphQL WebSocket control message {body.control}"
+    if isinstance(body, Unread):
+        return (
+            f"protocol {body.protocol} is not parsed, so {printable(request.method)} {printable(request.path)} passes"
+        )
     return f"{printable(request.method)} {printable(request.path)} is allowed by {rule} of policy '{policy}'"
+
+
+def refused_as(body: Body) -> str:
+    """The reason_id of a body with an error."""
+    return f"{ {'json-rpc': 'json_rpc', 'mcp': 'json_rpc'}.get(body.protocol, body.protocol) }_rejected"
 
 
 def rejection(body: Body) -> str:
     """The sentence that refuses a body with an error."""
-    return f"JSON-RPC request rejected: {printable(body.error)}"
+    what = {"graphql": "GraphQL request", "websocket": "GraphQL WebSocket message"}.get(
+        body.protocol, "JSON-RPC request"
+    )
+    if isinstance(body, WebSocketPart) and body.handshake:
+        what = "WebSocket handshake"
+    return f"{what} rejected: {printable(body.error)}"
 
 
 def connection_reason(facts: Facts, reason_id: str, policies: Sequence[str], errors: Sequence[str]) -> str:
@@ -57,9 +76,14 @@ def connection_reason(facts: Facts, reason_id: str, policies: Sequence[str], err
 
 
 def request_reason(
-    request: Request, reason_id: str, selected: MatchedEndpoint | None, errors: Sequence[str], connection: Verdict
+    request: Request,
+    reason_id: str,
+    selected: MatchedEndpoint | None,
+    errors: Sequence[str],
+    connection: Verdict,
+    vetoed: bool = False,
 ) -> str:
-    """Why a request is denied whose connection is allowed."""
+    """Why a request is denied whose connection is allowed. `vetoed`: an endpoint does not allow one of its operations."""
     line = f"{printable(request.method)} {printable(request.path)}"
     if reason_id == "engine_error":
         return f"L7 evaluation error: invalid glob '{errors[0]}'" if errors else "L7 evaluation error"
@@ -68,10 +92,16 @@ def request_reason(
         return f"protocol {protocol} is not built yet, so no request to this endpoint is let through"
     if reason_id == "invalid_request_target":
         return "request-target contains an encoded '/' (%2F) which is not allowed on this endpoint"
-    if reason_id == "json_rpc_rejected" and request.body is not None:
-        return rejection(request.body)
+    body = request.body
+    if body is not None and body.error and reason_id == refused_as(body):
+        return rejection(body)
     if reason_id == "json_rpc_response":
         return "JSON-RPC response frames are not permitted from client to server"
+    if reason_id == "graphql_not_registered":
+        return "GraphQL persisted query is not registered"
+    if body is not None and body.graphql is not None and reason_id in ("deny_rule", "rule_not_matched"):
+        blocked = reason_id == "deny_rule" or vetoed
+        return f"GraphQL operation {'blocked by endpoint policy' if blocked else 'not permitted by policy'}"
     if reason_id == "deny_rule":
         return f"{line} blocked by deny rule"
     if reason_id == "no_endpoint_path" and sum(item.endpoint.inspected for item in connection.endpoints) > 1:

@@ -48,6 +48,7 @@ class RpcBody:
     responses: bool = False
     receive_stream: bool = False
     error: str = ""
+    graphql: None = None
 
     def texts(self) -> Iterator[str]:
         """Every text of the workload's in it."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from openshell_supervisor.policy.globs import VALUE, GlobError, glob_match, glob_problem
 from openshell_supervisor.policy.model import Endpoint, L7Match
+from openshell_supervisor.verdict.bodies.graphql import GraphqlBody, GraphqlOperation
 from openshell_supervisor.verdict.bodies.json_rpc import RpcBody, RpcCall
 
 Json = dict[str, object]
@@ -87,9 +88,64 @@ def _call_input(call: RpcCall, names: frozenset[str], methods: list[str], tools:
     return entry
 
 
-def matching(patterns: Iterable[str], value: str) -> dict[str, bool]:
+@dataclass(frozen=True, slots=True, eq=False)
+class OperationRules:
+    """Rules on GraphQL operations: their JSON, the globs in them, and the persisted operations that the endpoint knows."""
+
+    members: str
+    names: tuple[str, ...]
+    fields: tuple[str, ...]
+    registry: dict[str, GraphqlOperation]
+
+    def input(self, body: GraphqlBody) -> list[Json]:
+        """The operations of a body as this endpoint sees them: a persisted one is what it was registered as."""
+        return distinct(self._operation(operation) for operation in dict.fromkeys(body.operations))
+
+    def _operation(self, operation: GraphqlOperation) -> Json:
+        if operation.key:
+            registered = self.registry.get(operation.key)
+            if registered is None:
+                return {"unregistered": True}
+            operation = registered
+        fields = distinct(matching(self.fields, name) for name in operation.fields)
+        return {"type": operation.kind, "names": matching(self.names, operation.name), "fields": fields}
+
+
+def operation_rules(endpoint: Endpoint) -> OperationRules | None:
+    """The operation rules of an endpoint, None where it has none and its protocol wants none."""
+    rules = [(n, rule) for n, rule in enumerate(endpoint.rules) if rule.operation_type]
+    deny_rules = [(n, rule) for n, rule in enumerate(endpoint.deny_rules) if rule.operation_type]
+    if not rules and not deny_rules and endpoint.protocol.lower() not in ("graphql", "websocket"):
+        return None
+    entries: Json = {
+        "operation_rules": [_operation_rule(n, rule) for n, rule in rules],
+        "deny_operation_rules": [_operation_rule(n, rule) for n, rule in deny_rules],
+    }
+    written = [rule for _, rule in (*rules, *deny_rules)]
+    known = endpoint.graphql_persisted_queries if endpoint.persisted_queries == "allow_registered" else ()
+    return OperationRules(
+        members=members(entries),
+        names=_patterns(rule.operation_name for rule in written if rule.operation_name),
+        fields=_patterns(name for rule in written for name in rule.fields),
+        registry={
+            key: GraphqlOperation(entry.operation_type.lower(), entry.operation_name, tuple(sorted(set(entry.fields))))
+            for key, entry in known
+        },
+    )
+
+
+def _operation_rule(index: int, rule: L7Match) -> Json:
+    entry: Json = {"index": index, "type": rule.operation_type.lower()}
+    if rule.operation_name:
+        entry["name"] = rule.operation_name
+    if rule.fields:
+        entry["fields"] = list(rule.fields)
+    return entry | fault((rule.operation_name, *rule.fields) if rule.operation_name else rule.fields)
+
+
+def matching(patterns: Iterable[str], value: str) -> Json:
     """The patterns that match a value, as a table for the rules; one that is no glob matches nothing (see `fault`)."""
-    found = {}
+    found: Json = {}
     for pattern in patterns:
         try:
             if glob_match(pattern, VALUE, value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 Headers = Sequence[tuple[str, str]]
 """Header fields in order; names in lower case."""
@@ -60,3 +61,16 @@ def refuse_longer(body: bytes, limit: int, what: str) -> None:
     """Raises `BodyError("body_too_large", ...)` for a body of more than `limit` bytes."""
     if len(body) > limit:
         raise BodyError("body_too_large", f"{what} body exceeds {limit} byte inspection limit")
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A request of a protocol that nobody parses (sql): it passes as it is, and that was known when it was asked about."""
+
+    protocol: str
+    error: str = ""
+    graphql: None = None
+
+    def texts(self) -> tuple[str, ...]:
+        """Nothing was read."""
+        return ()

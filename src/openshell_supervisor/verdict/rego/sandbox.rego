@@ -9,15 +9,18 @@
 # input.network           {"host": lower case, "port": number}
 # input.exec              {"path", "ancestors", "cmdline_paths"}
 # input.request           {"method" in upper case, "path", "query_params": {name: [values]}}; absent for the question about a connection
-#                         Of a body also "rejected" (it may not be judged) or "rpc": {"verb", "calls": [{"name", "methods",
-#                         "tool_call", "tools"}], "responses", "receive_stream"}, where "methods" and "tools" are the patterns
-#                         that match, and "name" is the method where a rule names it.
+#                         Of a body also "refused_as" and "refusal" where it may not be judged, "control" for a message that
+#                         needs no judging, or "rpc": {"verb", "calls": [{"name", "methods", "tool_call", "tools"}],
+#                         "responses", "receive_stream"}, where "methods" and "tools" are the patterns that match, and "name"
+#                         is the method where a rule names it. "operations" where there are some of GraphQL.
 # input.runtime           {"require_binary_identity": bool}
 # input.policies_exist    false when the policy has no rule at all
 # input.network_policies  the rules that the index could not rule out: {key: {"endpoints": [..], "binaries": [..]}} in the shape of
 #                         upstream's data document. An endpoint also carries "index" (its place in the rule as written),
 #                         "wildcard", "hostless", "inspected", "built" (whether the request was read as its protocol),
-#                         "specificity"; and where a body was read, its rules on it ("call_rules", "deny_call_rules").
+#                         "specificity"; and where a body was read, its rules on it ("call_rules", "deny_call_rules", or
+#                         "operation_rules", "deny_operation_rules" with "operations": [{"type", "names", "fields": [..]} or
+#                         {"unregistered": true}], those of the request as the endpoint knows them, and the patterns that match).
 # input.globs             which globs match, by kind: {"hosts", "binaries", "paths", "selectors": {pattern: true},
 #                         "queries": {pattern: {value: true}}, "invalid": {pattern: true}}. The dialect is upstream's, which no
 #                         evaluator's glob.match speaks; a pattern that is not asked here is not there.
@@ -427,6 +430,107 @@ request_errors contains rule.invalid if {
 	rule.invalid
 }
 
+# ---- operations: GraphQL -------------------------------------------------------------------------------------------------
+
+operation_allowed_by contains [item.policy, item.endpoint.index, rule.index] if {
+	some item in taking_part
+	item.endpoint.built
+	graphql_ok(item.endpoint)
+	some operation in item.endpoint.operations
+	some rule in item.endpoint.operation_rules
+	operation_matches(rule, operation)
+	fields_allowed(rule, operation)
+}
+
+# An endpoint says yes when every operation is allowed by a rule of its own.
+graphql_ok(endpoint) if {
+	count(endpoint.operations) > 0
+	not operation_failed(endpoint)
+}
+
+operation_failed(endpoint) if {
+	some operation in endpoint.operations
+	not operation_allowed(endpoint, operation)
+}
+
+operation_allowed(endpoint, operation) if {
+	some rule in endpoint.operation_rules
+	operation_matches(rule, operation)
+	fields_allowed(rule, operation)
+}
+
+operation_matches(rule, operation) if {
+	not operation.unregistered
+	type_matches(rule.type, operation.type)
+	name_matches(rule, operation)
+}
+
+type_matches("*", _)
+
+type_matches(wanted, found) if wanted == found
+
+name_matches(rule, _) if not rule.name
+
+name_matches(rule, operation) if operation.names[rule.name]
+
+# Allow: every field is one of the rule's. Deny: any field is.
+fields_allowed(rule, _) if not rule.fields
+
+fields_allowed(rule, operation) if {
+	rule.fields
+	count(operation.fields) > 0
+	not field_missed(rule, operation)
+}
+
+field_missed(rule, operation) if {
+	some found in operation.fields
+	not field_matches(rule, found)
+}
+
+field_matches(rule, found) if {
+	some glob in rule.fields
+	found[glob]
+}
+
+fields_denied(rule, _) if not rule.fields
+
+fields_denied(rule, operation) if {
+	some found in operation.fields
+	field_matches(rule, found)
+}
+
+denied_by contains [item.policy, item.endpoint.index, rule.index] if {
+	some item in taking_part
+	some operation in item.endpoint.operations
+	some rule in item.endpoint.deny_operation_rules
+	operation_matches(rule, operation)
+	fields_denied(rule, operation)
+}
+
+# Of several endpoints that speak of operations each must say yes: a broad REST rule next to one does not let operations through.
+default vetoed := false
+
+vetoed if {
+	some item in taking_part
+	item.endpoint.operations
+	item.endpoint.protocol in ["graphql", "websocket"]
+	not graphql_ok(item.endpoint)
+}
+
+not_registered if {
+	some item in taking_part
+	item.endpoint.protocol in ["graphql", "websocket"]
+	some operation in item.endpoint.operations
+	operation.unregistered
+}
+
+request_errors contains rule.invalid if {
+	some item in taking_part
+	item.endpoint.operations
+	some rule in array.concat(item.endpoint.operation_rules, item.endpoint.deny_operation_rules)
+	rule.invalid
+}
+
 # ---- the outcome ---------------------------------------------------------------------------------------------------------
 
 default permitted := false
@@ -434,6 +538,17 @@ default permitted := false
 permitted if count(head_allowed_by) > 0
 
 permitted if calls_allowed
+
+permitted if count(operation_allowed_by) > 0
+
+# Of a protocol that nobody parses, as upstream: what the rules cannot see they do not judge.
+permitted if selected_endpoint.protocol == "sql"
+
+# A message that only keeps a GraphQL connection going.
+permitted if {
+	selected_endpoint.protocol == "websocket"
+	input.request.control
+}
 
 request_outcome := network_outcome if {
 	not allow_network
@@ -447,14 +562,17 @@ request_outcome := network_outcome if {
 	not selected_endpoint.built
 } else := "invalid_request_target" if {
 	encoded_slash_refused
-} else := "json_rpc_rejected" if {
-	input.request.rejected
+} else := input.request.refused_as if {
+	input.request.refused_as
 } else := "json_rpc_response" if {
 	response_refused
+} else := "graphql_not_registered" if {
+	not_registered
 } else := "deny_rule" if {
 	count(denied_by) > 0
 } else := "allowed" if {
 	permitted
+	not vetoed
 } else := "rule_not_matched"
 
 encoded_slash_refused if {
@@ -468,6 +586,8 @@ allow_request if request_outcome == "allowed"
 
 request_line := concat(" ", [input.request.method, input.request.path])
 
+operations_asked if input.request.operations
+
 request_deny_reason := deny_reason if {
 	not allow_network
 } else := sprintf("L7 evaluation error: invalid glob '%s'", [min(request_errors)]) if {
@@ -476,8 +596,20 @@ request_deny_reason := deny_reason if {
 	request_outcome == "protocol_not_built"
 } else := "request-target contains an encoded '/' (%2F) which is not allowed on this endpoint" if {
 	request_outcome == "invalid_request_target"
-} else := input.request.rejected if {
-	request_outcome == "json_rpc_rejected"
+} else := input.request.refusal if {
+	request_outcome == input.request.refused_as
+} else := "GraphQL persisted query is not registered" if {
+	request_outcome == "graphql_not_registered"
+} else := "GraphQL operation blocked by endpoint policy" if {
+	operations_asked
+	request_outcome == "deny_rule"
+} else := "GraphQL operation blocked by endpoint policy" if {
+	operations_asked
+	request_outcome == "rule_not_matched"
+	vetoed
+} else := "GraphQL operation not permitted by policy" if {
+	operations_asked
+	request_outcome == "rule_not_matched"
 } else := "JSON-RPC response frames are not permitted from client to server" if {
 	request_outcome == "json_rpc_response"
 } else := concat(" ", [request_line, "blocked by deny rule"]) if {
@@ -493,7 +625,8 @@ request_authorization := {
 	"allow": allow_request,
 	"reason_id": request_outcome,
 	"errors": request_errors,
-	"allowed_by": head_allowed_by | call_allowed_by,
+	"allowed_by": (head_allowed_by | call_allowed_by) | operation_allowed_by,
 	"denied_by": denied_by,
+	"vetoed": vetoed,
 	"selected": object.get({"triple": selected | count(candidates) > 0}, "triple", []),
 }

@@ -50,9 +50,9 @@ class Rules:
     probe: tuple[str, str] = ("egress_authorization", '{"runtime":{"require_binary_identity":false}}')
 
 
-def shipped() -> Rules:
-    """The rules that come with the supervisor, in a package named after their text."""
-    module = shipped_rules()
+def shipped(module: str | None = None) -> Rules:
+    """The rules that come with the supervisor (or this text of them), in a package named after their text."""
+    module = shipped_rules() if module is None else module
     mark = f"r{hashlib.sha256(module.encode()).hexdigest()[:16]}"
     head = f"package {PACKAGE.replace('/', '.')}"
     return Rules(module.replace(f"{head}\n", f"{head}.{mark}\n", 1), f"{PACKAGE}/{mark}", f"openshell-sandbox-{mark}")

@@ -81,7 +81,7 @@ def test_a_line_for_each_case(tmp_path: pathlib.Path, capsys: pytest.CaptureFixt
         ({"kind": "validate", "policy": {"version": 1, "x": 1}, "expect": {"allow": True}}, "allow is false"),
         ({"kind": "validate", "policy": {"x": 1}, "expect": {"error": "no such thing"}}, "the errors are"),
         ({"policy": {"x": 1}}, "does not load"),
-        ({"input": {"pipeline": "files", "host": "h", "port": 1, "method": "GET", "target": "/"}}, "not decided"),
+        ({"kind": "validate", "input": {"pipeline": "files"}, "expect": {"allow": True}}, "not decided"),
     ],
 )
 def test_a_case_that_does_not_agree(
@@ -165,10 +165,6 @@ def test_the_corpus_through_the_command(capsys: pytest.CaptureFixture[str]) -> N
     decided = [cases.decide_case(item) for item in cases.read(CORPUS)]
     assert [json.loads(line)["id"] for line in lines] == [item.case.id for item in decided]
     wrong = {item.case.id: item.disagreements() for item in decided if item.allow is not None and item.disagreements()}
-    unbuilt = {
-        item.case.id
-        for item in decided
-        if item.reason_id == "protocol_not_built" or item.case.id.startswith(("gql", "sql"))
-    }
-    assert set(wrong) - unbuilt <= AGREED | set(ELSEWHERE), wrong
-    assert len(decided) - len(wrong) - sum(item.allow is None for item in decided) > 350
+    assert set(wrong) <= AGREED | set(ELSEWHERE), wrong
+    undecided = [item.case.id for item in decided if item.allow is None]
+    assert len(undecided) < 30, undecided

@@ -18,6 +18,9 @@ import yaml
 from openshell_supervisor.errors import PolicyError, SettingsError
 from openshell_supervisor.explain.jsonl import fault, objects, shown
 from openshell_supervisor.explain.question import AUDITED, CONNECT, TRANSPORTS, Answer, Question, ask
+from openshell_supervisor.policy.document import compose
+from openshell_supervisor.policy.reader import read_policy
+from openshell_supervisor.policy.reading import Reading
 from openshell_supervisor.policy.yaml_file import LoadedPolicy, parse
 from openshell_supervisor.verdict.decide import Generation, build_generation
 
@@ -25,6 +28,13 @@ KINDS = ("l4", "l7", "validate")
 DEFAULT_BINARY = "/usr/bin/curl"
 GENERATION = 1
 NOT_DECIDED = "not_decided"
+HANDSHAKE = {
+    "upgrade": "websocket",
+    "connection": "keep-alive, Upgrade",
+    "sec-websocket-version": "13",
+    "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+"""What a WebSocket client sends with its first request (the example of RFC 6455 1.3)."""
 _TEXT, _TEXTS = "a text", "a list of texts"
 
 
@@ -101,7 +111,7 @@ def _input_problem(case: Case) -> str:
     if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
         return f"`input.port` is not a port: {shown(port)}"
     needed = ("host", "method", "target") if case.kind == "l7" else ("host",)
-    for name in (*needed, "binary", "body"):
+    for name in (*needed, "binary", "body", "websocket_text"):
         if not isinstance(given.get(name, None if name in needed else ""), str):
             return f"`input.{name}` is not {_TEXT}: {shown(given.get(name))}"
     for name in ("ancestors", "cmdline", "resolved_ips"):
@@ -123,20 +133,24 @@ def _input_problem(case: Case) -> str:
 
 def why_not(case: Case) -> str:
     """Why a case cannot be decided here, or an empty string."""
-    if case.given.get("pipeline") == "files":
-        return "the files pipeline (a rules file with a data file) is not read here"
+    if case.kind == "validate" and case.given.get("pipeline") == "files":
+        return "the checks of the files pipeline (a rules file with a data file) are not made here"
     if "trusted_gateway" in case.given:
         return "trusted gateways are not built"
-    if "websocket_text" in case.given or case.given.get("websocket_upgrade"):
-        return "WebSocket upgrades and messages are not read here yet"
     if "authority" in case.given or "host" in {name.lower() for name in case.given.get("headers", {})}:
         return "the authority of a request is compared with its tunnel's by the proxy, not by the policy"
     return ""
 
 
 def load(case: Case) -> LoadedPolicy:
-    """The case's policy, through the reader of policy files. Raises `PolicyError`."""
-    return parse(yaml.safe_dump(case.policy, sort_keys=False, allow_unicode=True), case.id)
+    """The case's policy, through the reader of policy files. Raises `PolicyError`.
+
+    A question to a policy of the files pipeline is asked without the gateway's checks, which that pipeline does not make.
+    """
+    text = yaml.safe_dump(case.policy, sort_keys=False, allow_unicode=True)
+    if case.kind != "validate" and case.given.get("pipeline") == "files":
+        return LoadedPolicy(read_policy(compose(text, case.id), Reading()), (), case.id)
+    return parse(text, case.id)
 
 
 def generation(case: Case) -> Generation:
@@ -148,6 +162,9 @@ def question(case: Case) -> Question:
     """What the case asks."""
     given = case.given
     binary = given.get("binary", "" if given.get("relaxed_binary_identity") else DEFAULT_BINARY)
+    fields = {name.lower(): value for name, value in given.get("headers", {}).items()}
+    if "websocket_text" in given or given.get("websocket_upgrade"):
+        fields |= HANDSHAKE
     return Question(
         given["host"],
         given["port"],
@@ -158,8 +175,9 @@ def question(case: Case) -> Question:
         tuple(given.get("ancestors", ())),
         tuple(given.get("cmdline", ())),
         tuple(given["resolved_ips"]) if "resolved_ips" in given else None,
-        tuple((name.lower(), value) for name, value in given.get("headers", {}).items()),
+        tuple(fields.items()),
         given.get("body", "").encode("utf-8", "surrogatepass"),
+        given["websocket_text"].encode("utf-8", "surrogatepass") if "websocket_text" in given else None,
         policy_only=True,
     )
 

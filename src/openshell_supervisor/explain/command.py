@@ -191,7 +191,12 @@ def _cases(path: Path) -> int:
 def _replay(options: argparse.Namespace) -> int:
     from openshell_supervisor.explain import replay
 
-    outcome = replay.replay(Path(options.replay), _generation(options.policy, binaries=False))
+    policy = load(Path(options.policy)).policy
+    outcome = replay.replay(
+        Path(options.replay),
+        build_generation(policy, GENERATION, require_binary_identity=False),
+        build_generation(policy, GENERATION, require_binary_identity=True),
+    )
     if options.json:
         _write([json.dumps(wording.replay_as_json(outcome), ensure_ascii=True)])
     else:

@@ -10,11 +10,12 @@ import ipaddress
 import re
 from dataclasses import dataclass, replace
 
-from openshell_supervisor.verdict.bodies.read import read_body
+from openshell_supervisor.verdict.bodies.read import read_body, read_message
 from openshell_supervisor.verdict.bodies.wire import BodyError
 from openshell_supervisor.verdict.decide import Generation, decide
 from openshell_supervisor.verdict.facts import (
     Facts,
+    MatchedEndpoint,
     Request,
     TargetError,
     Verdict,
@@ -36,7 +37,8 @@ ALLOWED, BLOCKED, AUDITED, REJECTED = "allowed", "blocked", "audited", "rejected
 class Question:
     """Who wants to go where. Without a `method` it is about the connection; `target` is a path, perhaps with `?query`, as sent.
 
-    `headers` (names in lower case) and `body` matter to protocols whose rules look into bodies.
+    `headers` (names in lower case) and `body` matter to protocols whose rules look into bodies; `message` is a text
+    message on a WebSocket that this request, let through before, opened.
     `addresses` are what the host resolves to (empty: to nothing); None leaves the check of addresses out. `policy_only` puts
     to the policy what the proxy refuses before: a host that is no name, a method CONNECT inside a tunnel.
     """
@@ -52,6 +54,7 @@ class Question:
     addresses: tuple[str, ...] | None = None
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = b""
+    message: bytes | None = None
     policy_only: bool = False
 
 
@@ -61,7 +64,8 @@ class Answer:
 
     `outcome` is one of allowed, blocked (403), audited (let through, and logged) and rejected (400: no verdict was come to).
     `stage` is what had the last word: host, connection, address, target, body or request. `path` is canonical, empty where no
-    request was looked at; `facts` is all that is known of the question, more than was asked where the connection is denied.
+    request was looked at; `facts` is all that is known of the question, more than was asked where the connection is denied;
+    `protocol` is what an inspected request was read as.
     """
 
     outcome: str
@@ -72,6 +76,7 @@ class Answer:
     reason: str
     hint: str = ""
     path: str = ""
+    protocol: str = ""
 
     @property
     def allow(self) -> bool:
@@ -123,13 +128,21 @@ def _request(question: Question, facts: Facts, passage: Verdict, generation: Gen
     if not passage.allow or not passage.inspected:
         return replace(_by(passage, "connection", facts), path=path)
     reader = passage.reads(path)
-    if reader is not None:
-        try:
-            request = read_body(request, reader.endpoint, question.headers, question.body)
-        except BodyError as error:
-            return replace(_rejected("body", error, facts, generation), path=path)
-        facts = replace(facts, request=request)
-    return replace(_by(decide(facts, generation), "request", facts), path=path)
+    protocol = reader.endpoint.protocol.lower() if reader is not None else ""
+    try:
+        facts = replace(facts, request=_read(question, request, reader))
+    except BodyError as error:
+        return replace(_rejected("body", error, facts, generation), path=path, protocol=protocol)
+    return replace(_by(decide(facts, generation), "request", facts), path=path, protocol=protocol)
+
+
+def _read(question: Question, request: Request, reader: MatchedEndpoint | None) -> Request:
+    """The request with what its endpoint's protocol needs of it. Raises `BodyError`."""
+    if reader is None:
+        return request
+    if question.message is not None and reader.endpoint.protocol == "websocket":
+        return read_message(request, reader.endpoint, question.message)
+    return read_body(request, reader.endpoint, question.headers, question.body)
 
 
 def _with_request(question: Question, facts: Facts) -> Facts:

@@ -1,15 +1,17 @@
 """`explain --replay`: recorded traffic, decided again under another policy. What would change?
 
 Reads OCSF events as `--ocsf-file` writes them. Only what the policy decided is asked again: connections that were opened or
-refused, and requests. Refused addresses, malformed heads and failures say nothing of the policy, and are counted. An event holds
+refused, and requests. Refused addresses, malformed heads and failures say nothing of the policy; they are counted. An event holds
 no query, so a verdict that hangs on one is marked.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,16 @@ from openshell_supervisor.verdict.decide import Generation
 from openshell_supervisor.verdict.facts import TargetError, canonical_host
 
 NETWORK, HTTP = 4001, 4002  # OCSF class_uid: Network Activity, HTTP Activity
-DECIDED_BY_POLICY = frozenset(("opa", "l7"))
-"""`firewall_rule.type` of an event whose verdict is the policy's; the others are checks of addresses, heads, TLS, the fence."""
+DECIDED_BY_POLICY = ("opa", "l7")
+"""How `firewall_rule.type` says that the verdict is the policy's; the others are checks of addresses, heads, TLS, the fence.
+`l7-mcp` and the like are upstream's."""
+_AUDIT = re.compile(r"^\w+ audit |\bdecision=audit\b")  # the decision word of a request that audit let pass
+HEAD_ONLY = ("", "rest", "tcp")
+"""Protocols that are judged by a request's head; of the others a recording lacks what decides."""
 MAX_DISTINCT = 200_000
 """Different questions of a recording; each is remembered with its answer, some 2 KiB."""
+MAX_CALLERS = 65
+"""A program and its ancestors; an event holds 64 of these at most."""
 _OUTCOMES = {"Allowed": "allowed", "Denied": BLOCKED, "Observed": AUDITED}
 
 
@@ -72,8 +80,11 @@ class Replay:
         return dict(found.most_common())
 
 
-def replay(path: Path, generation: Generation) -> Replay:
-    """Decide a recording again. Raises `SettingsError` for a file that is no recording, or holds too much."""
+def replay(path: Path, generation: Generation, with_callers: Generation | None = None) -> Replay:
+    """Decide a recording again. Raises `SettingsError` for a file that is no recording, or holds too much.
+
+    `with_callers` is the same policy with binary identity, for events that name the calling program.
+    """
     asked: Counter[Recorded] = Counter()
     left_out: Counter[str] = Counter()
     events = 0
@@ -90,9 +101,15 @@ def replay(path: Path, generation: Generation) -> Replay:
                 code="invalid_file",
                 hint="replay the file in parts",
             )
-    answers = [(item, times, ask(item.question, generation)) for item, times in asked.items()]
+    answers = []
+    for item, times in asked.items():
+        answer = ask(item.question, (with_callers or generation) if item.question.binary else generation)
+        if answer.protocol in HEAD_ONLY:
+            answers.append((item, times, answer))
+        else:
+            left_out[f"{answer.protocol}: decided by the body or message, which a recording does not hold"] += times
     unsure = sum(times for _, times, answer in answers if _hangs_on_query(answer))
-    return Replay(events, sum(asked.values()), left_out, tuple(_changes(answers)), unsure)
+    return Replay(events, sum(times for _, times, _ in answers), left_out, tuple(_changes(answers)), unsure)
 
 
 def _changes(answers: Iterable[tuple[Recorded, int, Answer]]) -> Iterator[Change]:
@@ -109,14 +126,19 @@ def _recorded(event: dict[str, Any]) -> Recorded | str:
     outcome = _OUTCOMES.get(str(event.get("action")))
     if outcome is None:
         return "no decision"
-    if _member(event, "firewall_rule").get("type") not in DECIDED_BY_POLICY:
+    if not _by_policy(str(_member(event, "firewall_rule").get("type"))):
         return "not decided by the policy"
     question = _connection(event) if kind == NETWORK else _request(event)
     if question is None:
         return "incomplete"
-    # In a sandbox that only watches, a refusal is written down as one that would have been made; audit says `audit`.
-    observed = outcome == AUDITED and " would be " in f" {event.get('message', '')}"
-    return Recorded(question, BLOCKED if observed else outcome, observed)
+    # A refusal in a sandbox that only watches is `Observed` too. Upstream writes what audit lets pass down as allowed.
+    audit = kind == HTTP and _AUDIT.search(str(event.get("message", ""))) is not None
+    observed = outcome == AUDITED and not audit
+    return Recorded(question, AUDITED if audit else BLOCKED if observed else outcome, observed)
+
+
+def _by_policy(engine: str) -> bool:
+    return engine in DECIDED_BY_POLICY or engine.startswith("l7-")
 
 
 def _connection(event: dict[str, Any]) -> Question | None:
@@ -136,13 +158,13 @@ def _request(event: dict[str, Any]) -> Question | None:
 
 
 def _question(event: dict[str, Any], host: object, port: object, method: str, path: str, way: str) -> Question | None:
-    if not isinstance(host, str) or isinstance(port, bool) or not isinstance(port, int):
+    if not isinstance(host, str) or isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
         return None
     try:
         host = canonical_host(host)
     except TargetError:
         return None  # a name that no request of ours could have had: cut for being too long, for example
-    callers = list(_callers(_member(event, "actor").get("process")))
+    callers = list(islice(_callers(_member(event, "actor").get("process")), MAX_CALLERS))
     return Question(host, port, method, path, way, callers[0] if callers else "", tuple(callers[1:]))
 
 

@@ -102,6 +102,7 @@ class Told:
             "matched_rule": verdict.rule,
             "enforcement": verdict.enforcement,
             "inspected": verdict.inspected,
+            "protocol": answer.protocol,
             "canonical_path": answer.path,
             "candidates": [
                 {"policy": policy, "endpoint": index, "place": place, "matches": matches}

@@ -1,8 +1,9 @@
 """GraphQL documents: which operations there are and which fields of the root each asks for. Nothing else of them is kept.
 
 The whole grammar of executable documents is checked (GraphQL, October 2021, appendix B), since a document that servers may read
-otherwise must not get through. A parser of our own, because the well-kept library, graphql-core, builds a tree by unbounded
-recursion at some 20 microseconds a token; this one is linear and bounded, and 65,536 bytes take it some 20 ms at worst.
+otherwise must not get through. A parser of our own: graphql-core, the well-kept library, bounds tokens and not depth, keeps a
+tree, and takes 123 ms for 17,600 tokens that take 30 ms here. On 140,000 random documents both read the same, but for what is
+refused below on purpose.
 """
 
 from __future__ import annotations
@@ -151,6 +152,8 @@ class _Parser:
     def document(self) -> list[Operation]:
         """Every operation; fragments go into `fragments`."""
         found: list[Operation] = []
+        if self.tokens[0][0] == "end":
+            self.wrong("an operation")
         while self.tokens[self.at][0] != "end":
             if self.sees("fragment"):
                 self.fragment()

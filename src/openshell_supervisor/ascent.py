@@ -147,7 +147,9 @@ async def state(
             layers.syscalls(plan, settled.confined, failures),
             layers.privileges(sandbox.identity, settled.confined),
             own or own_calls(sandbox),
-            layers.binary_identity(sandbox.policy, relaxed=settings.relaxed_identity),
+            layers.binary_identity(
+                sandbox.policy, settled.identified, relaxed=settings.relaxed_identity, egress=settled.egress
+            ),
         ],
     )
 

@@ -16,6 +16,7 @@ from types import ModuleType
 # What is otherwise imported when it is first needed, besides what the proxy's warm-up loads: our own late rooms, and what the
 # standard library and the packages we use import inside functions.
 LATE = (
+    "openshell_supervisor.callers.lookup",
     "openshell_supervisor.proxy.http_session",
     "openshell_supervisor.proxy.connect",
     "openshell_supervisor.verdict.decide",

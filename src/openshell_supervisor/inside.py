@@ -11,12 +11,15 @@ import asyncio
 import contextlib
 import os
 import secrets
+import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from openshell_supervisor.boundary import probe
 from openshell_supervisor.boundary.boundary import Boundary
+from openshell_supervisor.callers.lookup import Callers
+from openshell_supervisor.callers.tables import ProcTable, SocketDiagnostics
 from openshell_supervisor.confine.identity import effective_capabilities
 from openshell_supervisor.confine.plan import Plan
 from openshell_supervisor.confine.selfprobe import NOTHING, Seen, canary, judge
@@ -31,10 +34,10 @@ from openshell_supervisor.confine.separation import (
 )
 from openshell_supervisor.enforcement import Layer
 from openshell_supervisor.errors import BoundaryError, LaunchError
-from openshell_supervisor.layers import Confined
+from openshell_supervisor.layers import Confined, Identified
 from openshell_supervisor.proxy.frontend import Proxy, ProxyOptions
 from openshell_supervisor.sandbox import Sandbox
-from openshell_supervisor.workload.child import Child
+from openshell_supervisor.workload.child import Child, interpreter
 
 # After the workload's end, live exchanges have nobody left to answer; this is for the last events only.
 PROXY_DRAIN_SECONDS = 1.0
@@ -53,6 +56,8 @@ class Settled:
     user_namespace: int = 0
     gaps: tuple[str, ...] = ()
     code_in_reach: bool = False
+    callers: Callers | None = None
+    identified: Identified = field(default_factory=Identified)
 
 
 async def settle(sandbox: Sandbox, boundary: Boundary, child: Child, *, insist: bool) -> Settled:
@@ -90,6 +95,7 @@ async def _confine(sandbox: Sandbox, boundary: Boundary, child: Child, settled: 
     separated = await _separate(boundary, child)
     code = out_of_reach(sandbox.identity) if boundary.isolated else Code()
     plan = await sandbox.plan
+    await _meet_callers(sandbox, child, settled)
     with canary(plan.canary), contextlib.ExitStack() as undo:
         request = confine_request(sandbox, code, plan, cover=boundary.isolated)
         answer, masters = await child.ask(request, plan.descriptors())
@@ -100,6 +106,7 @@ async def _confine(sandbox: Sandbox, boundary: Boundary, child: Child, settled: 
             what = f"leaks: {', '.join(finding.leaks)}" if finding.leaks else "the proxy cannot be reached from inside"
             raise BoundaryError(f"rung {boundary.rung} {what}", code="boundary_leaks", step="probe")
         undo.pop_all()
+    _introduce(sandbox, settled)
     separated = separated and answer["user_namespace"] != user_namespace()
     walled = separated or answer["landlock"] == 0
     seen = judge(plan.tries, finding.tries, answer["controls"])
@@ -115,6 +122,45 @@ async def _confine(sandbox: Sandbox, boundary: Boundary, child: Child, settled: 
         "gaps": list(settled.gaps),
     }
     return masters
+
+
+async def _meet_callers(sandbox: Sandbox, child: Child, settled: Settled) -> None:
+    """Let the proxy ask who calls, by the socket table of the place that the launcher is in; unless nobody wants to know."""
+    if sandbox.settings.relaxed_identity:
+        return
+    sandbox.callers_known(True)
+    try:
+        _, (netlink,) = await child.ask({"op": "diagnostics"})
+        table: SocketDiagnostics | ProcTable = SocketDiagnostics(socket.socket(fileno=netlink))
+    except LaunchError as refused:
+        try:
+            table = ProcTable(child.pid)
+        except OSError as error:
+            why = f"sock_diag: {refused.errno_name or refused.message}; /proc/net/tcp: {error.strerror}"
+            settled.identified = Identified(problem=f"the kernel does not show whose a connection is ({why})")
+            return
+    settled.callers = Callers(table, child.pid)
+    settled.proxy.identify_with(settled.callers)
+
+
+def _introduce(sandbox: Sandbox, settled: Settled) -> None:
+    """Was the twin's own connection told to be what it was: a connection of our interpreter? If not, nobody's will be."""
+    if settled.callers is not None:
+        twin = settled.proxy.twin
+        problem = "it was not looked at" if twin is None else twin.problem
+        if twin is not None and not problem and not _same_file(twin.binary, interpreter()):
+            problem = f"it was taken for {twin.binary}"
+        if problem:
+            problem = f"the probe's own connection could not be told: {problem}"
+        settled.identified = Identified(settled.callers.table, twin.binary if twin is not None else "", problem)
+    sandbox.callers_known(not settled.identified.problem)
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 async def _separate(boundary: Boundary, child: Child) -> bool:
@@ -203,3 +249,5 @@ async def stop_proxy(settled: Settled) -> None:
     await settled.proxy.drain(PROXY_DRAIN_SECONDS)
     settled.serving.cancel()
     await asyncio.wait({settled.serving}, timeout=PROXY_DRAIN_SECONDS)
+    if settled.callers is not None:
+        await asyncio.to_thread(settled.callers.close)

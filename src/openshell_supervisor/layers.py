@@ -43,6 +43,15 @@ class Confined:
         return self.seen.get(layer, NOTHING)
 
 
+@dataclass(frozen=True, slots=True)
+class Identified:
+    """How the probe's own connection was told: the table that was asked, the program found, and why that is not enough."""
+
+    table: str = ""
+    binary: str = ""
+    problem: str = ""
+
+
 def network(
     *,
     requested: str,
@@ -231,16 +240,27 @@ def supervisor_syscalls(facts: PreludeFacts) -> Enforcement:
     return Enforcement(Layer.SUPERVISOR_SYSCALLS, State.ENFORCED, reason, detail=detail)
 
 
-def binary_identity(policy: SandboxPolicy, *, relaxed: bool) -> Enforcement:
-    """Which program asks; not built yet, and said so."""
+def binary_identity(policy: SandboxPolicy, identified: Identified, *, relaxed: bool, egress: str) -> Enforcement:
+    """Which program asks. `enforced` only where the probe's own connection was told to be the twin's, and the proxy enforces."""
+    layer = Layer.BINARY_IDENTITY
     asked = any(rule.binaries for rule in policy.network_policies.values())
+    detail = {"probed": bool(identified.binary), "table": identified.table, "probe": identified.binary}
     if relaxed:
-        reason = "OPENSHELL_NETWORK_BINARY_IDENTITY turns it off"
-    elif asked:
-        reason = "the policy lists binaries, but telling them apart is not built yet: every process counts as allowed"
-    else:
-        reason = "the policy lists no binaries"
-    return Enforcement(Layer.BINARY_IDENTITY, State.OFF, reason, asked=asked)
+        reason = "OPENSHELL_NETWORK_BINARY_IDENTITY turns it off" + (
+            ": every program counts as allowed" if asked else ""
+        )
+        return Enforcement(layer, State.OFF, reason, asked=False)
+    if identified.problem:
+        reason = f"every program counts as allowed: {identified.problem}"
+        return Enforcement(layer, State.DEGRADED if asked else State.OFF, reason, asked=asked, detail=detail)
+    if not asked:
+        rules = "; its rules allow no program" if policy.network_policies else ""
+        return Enforcement(layer, State.OFF, f"the policy lists no binaries{rules}", asked=False, detail=detail)
+    if egress != "enforce":
+        reason = "programs are told apart, and verdicts are only logged"
+        return Enforcement(layer, State.DEGRADED, reason, detail=detail)
+    reason = f"each connection's program is looked up and hashed ({identified.table}); the probe's own was told rightly"
+    return Enforcement(layer, State.ENFORCED, reason, detail=detail)
 
 
 def _probed(confined: Confined, seen: Seen) -> dict[str, object]:

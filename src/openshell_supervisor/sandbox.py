@@ -43,6 +43,7 @@ class Sandbox:
     open_files: tuple[int, int]
     memory_closed: bool = True
     generation_number: int = 1
+    identity_known: bool = True
     _generation: Generation | None = None
 
     @property
@@ -51,8 +52,14 @@ class Sandbox:
         if self._generation is None:
             from openshell_supervisor.verdict.decide import build_generation
 
-            self._generation = build_generation(self.policy, self.generation_number)
+            required = self.identity_known and not self.settings.relaxed_identity
+            self._generation = build_generation(self.policy, self.generation_number, required)
         return self._generation
+
+    def callers_known(self, known: bool) -> None:
+        """Whether programs can be told apart on the rung that is taken; where not, the rules go by destinations alone."""
+        if known != self.identity_known:
+            self.identity_known, self._generation = known, None
 
     def new_launcher(self) -> Child:
         """A launcher; the first was started early, so that its interpreter's start overlaps with ours."""

@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from openshell_supervisor.proxy import client_hello, denials, sockets, tls
@@ -95,8 +96,8 @@ class ConnectHandler:
 
     async def serve(self, client: socket.socket, origin: Origin) -> None:
         """A CONNECT, from its verdict to the end of its tunnel."""
-        await self._gate.prepare(origin.host, origin.port)
-        verdict = self._gate.connection(origin.host, origin.port)
+        await self._gate.prepare(origin)
+        verdict = self._gate.connection(origin)
         if not verdict.allow:
             self._gate.connect_denied(origin, verdict)
             if not self._gate.observe:
@@ -155,10 +156,10 @@ class ConnectHandler:
 
         assert connection.address is not None
         host, port = connection.address[0], connection.address[1]
-        origin = Origin(session.origin.source, host, port, "http", forward=True)
+        origin = replace(session.origin, host=host, port=port, scheme="http", forward=True)
         try:
-            await self._gate.prepare(host, port)
-            destination = await self._resolve(origin, self._gate.connection(host, port), "FORWARD")
+            await self._gate.prepare(origin)
+            destination = await self._resolve(origin, self._gate.connection(origin), "FORWARD")
             upstream = await self._dial(origin, destination)
             return await self._upstream_wire(session, upstream, origin, None, connection)
         except _Refused as refusal:
@@ -274,7 +275,7 @@ class ConnectHandler:
         self, client: socket.socket, upstream: socket.socket, origin: Origin, destination: Destination
     ) -> None:
         session_type = await self._sessions()
-        plain = Origin(origin.source, origin.host, origin.port, "http", forward=False)
+        plain = replace(origin, scheme="http", forward=False)
         session = session_type(plain, self._gate, self._local, self._redial(destination, None))
         with _ending(session):
             session.adopt_upstream(await self._upstream_wire(session, sockets.handed_over(upstream), plain, None))

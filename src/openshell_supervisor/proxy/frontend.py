@@ -37,6 +37,8 @@ from openshell_supervisor.telemetry.plain_log import LateLogger
 from openshell_supervisor.verdict.facts import TargetError, canonical_host
 
 if TYPE_CHECKING:
+    from openshell_supervisor.callers.caller import Caller
+    from openshell_supervisor.callers.lookup import Callers
     from openshell_supervisor.proxy.connect import ConnectHandler
     from openshell_supervisor.proxy.gate import Gate, Origin
     from openshell_supervisor.proxy.http_session import HttpSession
@@ -95,6 +97,8 @@ class Proxy:
         self._generation = generation
         self._authority = authority
         self._local = LocalHost()
+        self._callers: Callers | None = None
+        self.twin: Caller | None = None
         self._live: dict[asyncio.Task[None], int | None] = {}  # to the generation of its first verdict
         self._slots = asyncio.Semaphore(_connection_limit())
         self._accepting: asyncio.Task[None] | None = None
@@ -173,6 +177,10 @@ class Proxy:
     def answer_probe(self, nonce: str) -> None:
         """From now on `GET http://policy.local/v1/probe/<nonce>` is answered 200 with the nonce as body."""
         self._local.answer_probe(nonce)
+
+    def identify_with(self, callers: Callers) -> None:
+        """From now on ask `callers` who is on the other end, where the policy wants to know; a probe's answer is in `twin`."""
+        self._callers = callers
 
     async def _sessions(self) -> type[HttpSession]:
         await self.warm()
@@ -282,8 +290,9 @@ class Proxy:
         if head.body != 0:
             raise HeadError("CONNECT does not have a body")
         name, port = split_authority(head.target, None)
-        origin = self._origin(source, canonical_host(name), port, "https", forward=False)
-        await self._connect.serve(client, origin)
+        host = canonical_host(name)
+        caller = await self._caller(client)
+        await self._connect.serve(client, self._origin(source, host, port, "https", forward=False, caller=caller))
 
     async def _absolute_request(self, client: socket.socket, source: Endpoint, head: RequestHead, raw: bytes) -> None:
         absolute = split_absolute(head.target)
@@ -298,20 +307,41 @@ class Proxy:
         host = canonical_host(name)
         if host == local.HOST and port == local.PORT:
             answer = self._local.respond(head.method, path)
+            if isinstance(answer, bytes):  # nobody but the twin knows the nonce
+                self.twin = await self._caller(client, twin=True)
             await sockets.send(
                 client, plain_answer(answer) if isinstance(answer, bytes) else answer.head_and_body(), ANSWER_TIMEOUT
             )
             return
-        await self._connect.serve_plain(client, self._origin(source, host, port, "http", forward=True), raw)
+        caller = await self._caller(client)
+        await self._connect.serve_plain(
+            client, self._origin(source, host, port, "http", forward=True, caller=caller), raw
+        )
 
-    def _origin(self, source: Endpoint, host: str, port: int, scheme: str, *, forward: bool) -> Origin:
+    async def _caller(self, client: socket.socket, *, twin: bool = False) -> Caller | None:
+        """Who is on the other end, or None where nobody has to know."""
+        if self._callers is None or not (twin or self._generation().require_binary_identity):
+            return None
+        peer, local_end = client.getpeername(), client.getsockname()
+        return await self._callers.of(peer[:2], local_end[:2], twin=twin)
+
+    def _origin(
+        self,
+        source: Endpoint,
+        host: str,
+        port: int,
+        scheme: str,
+        *,
+        forward: bool,
+        caller: Caller | None = None,
+    ) -> Origin:
         """Who asks and for what; from here on the connection belongs to the current generation."""
         from openshell_supervisor.proxy.gate import Origin
 
         task = asyncio.current_task()
         if task in self._live:
             self._live[task] = self._generation().number
-        return Origin(source, host, port, scheme, forward)
+        return Origin(source, host, port, scheme, forward, caller)
 
     async def _refuse(self, client: socket.socket, source: Endpoint, denial: Denial) -> None:
         origin = self._origin(source, "-", 0, "http", forward=True)

@@ -11,29 +11,43 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Unpack
 
+from openshell_supervisor.callers.caller import Caller
 from openshell_supervisor.proxy import denials
 from openshell_supervisor.proxy.denials import Denial
-from openshell_supervisor.telemetry.events import Endpoint, Severity, Telemetry, Traffic
+from openshell_supervisor.telemetry.events import Endpoint, Process, Severity, Telemetry, Traffic
 from openshell_supervisor.verdict.decide import FLEETING, Generation, decide
 from openshell_supervisor.verdict.facts import Facts, Request, TargetError, Verdict, canonical_target, parse_query
 
 # Remembered rulings of the current generation; one is a few hundred bytes. A workload that asks for more distinct targets
-# only loses the shortcut. Longer targets are not remembered at all.
+# only loses the shortcut. Longer ones, with the caller's paths, are not remembered at all.
 MAX_RULINGS = 2048
-MAX_REMEMBERED_TARGET = 512
+MAX_REMEMBERED_TARGET = 1024
 # Denials that `enforcement: audit` lets through (policy.md 4); everything else is refused in audit as well.
 _SOFT = frozenset({"rule_not_matched", "deny_rule"})
+# What helps a program that could not be identified.
+_UNIDENTIFIED = {
+    "caller_unknown": "Connect again, and keep the connection open in the program that asks until it is answered.",
+    "caller_ambiguous": "Only one program may hold the connection: do not share its socket with another one, and run programs "
+    "from where they are installed.",
+    "caller_unreadable": "A process of this sandbox hides itself (prctl(2), PR_SET_DUMPABLE); end it, then connect again.",
+    "binary_changed": "The program was replaced since it was first used here. The operator must start the sandbox anew if that "
+    "was meant.",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who asks and for whom: the workload's end of the connection, the decided destination, and how it came to us."""
+    """Who asks and for whom: the workload's end of the connection, the decided destination, and how it came to us.
+
+    `caller` is the program at that end; None where it was not asked for.
+    """
 
     source: Endpoint
     host: str
     port: int
     scheme: str
     forward: bool
+    caller: Caller | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,28 @@ class Ruling:
     fleeting: bool = False
 
 
+def _facts(origin: Origin, request: Request | None = None) -> Facts:
+    """What is known of a question, its caller included."""
+    caller = origin.caller or Caller()
+    return Facts(origin.host, origin.port, caller.binary, caller.ancestors, caller.cmdline, request)
+
+
+def _unidentified(origin: Origin, generation: Generation) -> Verdict | None:
+    """The denial of a connection that is nobody's for certain, where the policy must know whose it is."""
+    caller = origin.caller
+    if not generation.require_binary_identity or (caller is not None and not caller.problem):
+        return None
+    reason = caller.problem if caller is not None else "failed to resolve peer binary: it was not asked for"
+    reason_id = caller.problem_id if caller is not None else "caller_unknown"
+    return Verdict(False, reason_id, reason, hint=_UNIDENTIFIED.get(reason_id, ""), generation=generation.number)
+
+
+def _actor(origin: Origin) -> Process | None:
+    """The caller, for events."""
+    caller = origin.caller
+    return Process(caller.binary, caller.pid) if caller is not None and caller.binary else None
+
+
 class Gate:
     """Asks the current generation. `generation` gives it, anew at every question."""
 
@@ -58,14 +94,14 @@ class Gate:
         self.generation = generation
         self.observe = observe
         self._telemetry = telemetry
-        self._rulings: dict[tuple[str, int, bool, str, str], Ruling] = {}
+        self._rulings: dict[tuple[Caller | None, str, int, bool, str, str], Ruling] = {}
         self._rulings_of = -1
 
-    async def prepare(self, host: str, port: int) -> None:
+    async def prepare(self, origin: Origin) -> None:
         """Let an engine that answers from afar have its answer about a connection ready; otherwise it returns at once."""
         generation = self.generation()
         if generation.afar:
-            await generation.prepare(Facts(host=host, port=port))
+            await generation.prepare(lambda: self._passage(origin, generation))
 
     def preparation(self, origin: Origin, method: str, target: str) -> Awaitable[None] | None:
         """What to await before `request`: None where the engine is in the process."""
@@ -76,9 +112,12 @@ class Gate:
 
     # -- connections (L4) ------------------------------------------------------------------------------------------
 
-    def connection(self, host: str, port: int) -> Verdict:
+    def connection(self, origin: Origin) -> Verdict:
         """May this host and port be reached at all? No event yet: what becomes of it is not known."""
-        return decide(Facts(host=host, port=port), self.generation())
+        return self._passage(origin, self.generation())
+
+    def _passage(self, origin: Origin, generation: Generation) -> Verdict:
+        return _unidentified(origin, generation) or decide(_facts(origin), generation)
 
     def connect_allowed(self, origin: Origin, verdict: Verdict, *, inspected: bool) -> None:
         """Say that a tunnel was opened."""
@@ -89,6 +128,7 @@ class Gate:
             ok=True,
             action="Allowed",
             src=origin.source,
+            actor=_actor(origin),
             dst=Endpoint(host=origin.host, port=origin.port),
             policy=verdict.policy or "-",
             engine="opa",
@@ -120,6 +160,7 @@ class Gate:
             action=self._action,
             severity=Severity.MEDIUM,
             src=origin.source,
+            actor=_actor(origin),
             dst=Endpoint(host=origin.host, port=origin.port),
             policy=policy or "-",
             engine=engine,
@@ -141,18 +182,19 @@ class Gate:
         if generation.number != self._rulings_of or len(self._rulings) >= MAX_RULINGS:
             self._rulings.clear()
             self._rulings_of = generation.number
-        key = (origin.host, origin.port, origin.forward, method, target)
+        key = (origin.caller, origin.host, origin.port, origin.forward, method, target)
         ruling = None if generation.outage else self._rulings.get(key)
         if ruling is None:
             ruling = self._rule(origin, method, target, generation)
-            if len(target) <= MAX_REMEMBERED_TARGET and not ruling.fleeting:
+            weight = len(target) + (origin.caller.weight if origin.caller is not None else 0)
+            if weight <= MAX_REMEMBERED_TARGET and not ruling.fleeting:
                 self._rulings[key] = ruling
         self._record(origin, method, ruling, upgrade)
         return ruling
 
     def _rule(self, origin: Origin, method: str, target: str, generation: Generation) -> Ruling:
         host, port = origin.host, origin.port
-        passage = decide(Facts(host=host, port=port), generation)
+        passage = self._passage(origin, generation)
         try:
             path, query = canonical_target(
                 target, allow_encoded_slash=passage.allow_encoded_slash or not passage.inspected
@@ -166,7 +208,7 @@ class Gate:
         if not passage.inspected:
             # No rule looks at the path, so the origin gets the very bytes that the client sent.
             return self._ruling(origin, method, None, target, passage, "allowed", path)
-        verdict = decide(Facts(host=host, port=port, request=Request(method, path, pairs)), generation)
+        verdict = decide(_facts(origin, Request(method, path, pairs)), generation)
         canonical = f"{path}?{query}" if "?" in target else path
         if verdict.allow:
             return self._ruling(origin, method, None, canonical, verdict, "allow", path)
@@ -238,6 +280,7 @@ class Gate:
 
     def _say_request(self, origin: Origin, method: str, path: str, message: str, **traffic: Unpack[Traffic]) -> None:
         traffic["src"] = origin.source
+        traffic["actor"] = _actor(origin)
         self._telemetry.http(
             method,
             message,

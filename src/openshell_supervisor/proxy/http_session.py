@@ -11,6 +11,7 @@ import asyncio
 import collections
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from mitmproxy import http
 from mitmproxy.connection import Client, Connection, ConnectionState, Server
@@ -361,4 +362,4 @@ class HttpSession:
     def _origin_of(self, host: str, port: int) -> Origin:
         if not self.origin.forward or not host:
             return self.origin
-        return Origin(self.origin.source, host, port, "http", forward=True)
+        return replace(self.origin, host=host, port=port, scheme="http", forward=True)

@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Awaitable
+from dataclasses import replace
 
 from mitmproxy import http
 
@@ -72,7 +73,7 @@ class Inspection:
                 if origin.forward:
                     try:
                         name, port = split_authority(absolute[1], 80)
-                        origin = Origin(origin.source, canonical_host(name), port, "http", forward=True)
+                        origin = replace(origin, host=canonical_host(name), port=port, scheme="http", forward=True)
                     except (HeadError, TargetError):
                         return None
         return self._gate.preparation(origin, method, target) if target.startswith("/") else None
@@ -118,7 +119,8 @@ class Inspection:
         if origin is None:
             try:
                 name, port = split_authority(authority, 80)
-                origin = Origin(self.origin.source, canonical_host(name), port, "http", forward=True)
+                host = canonical_host(name)
+                origin = replace(self.origin, host=host, port=port, scheme="http", forward=True)
             except (HeadError, TargetError) as error:
                 return self._reject(head.method, str(error))
             if len(self._origins) < MAX_AUTHORITIES:

@@ -22,6 +22,7 @@ CLONE_NEWUSER = 0x10000000  # linux/sched.h
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 PR_SET_PDEATHSIG = 1  # linux/prctl.h, this one and the next eight
 PR_SET_DUMPABLE = 4
+NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 PR_SET_SECCOMP = 22
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24

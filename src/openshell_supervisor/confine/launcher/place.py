@@ -14,6 +14,7 @@ from openshell_supervisor.confine.launcher.kernel import (
     CLONE_NEWUSER,
     IFF_UP,
     IFREQ_FLAGS,
+    NETLINK_SOCK_DIAG,
     PR_SET_DUMPABLE,
     SIOCGIFFLAGS,
     SIOCSIFFLAGS,
@@ -116,6 +117,16 @@ def listen(port: int, backlog: int) -> int:
         listener.bind(("127.0.0.1", port))
         listener.listen(backlog)
         return listener.detach()
+
+
+def diagnostics(request: Request, descriptors: list[int]) -> Answer:
+    """A NETLINK_SOCK_DIAG socket of this namespace, for the supervisor: it tells whose a connection is (sock_diag(7)).
+
+    It is a socket of the place, as the proxy's listener is, so it must be made here; the workload never has it.
+    """
+    with step("sock_diag"):
+        netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
+    return {}, [netlink.detach()]
 
 
 def separate(request: Request, descriptors: list[int]) -> Answer:

@@ -17,6 +17,7 @@ from openshell_supervisor.confine.launcher.kernel import (
     EACCES,
     ENOTSOCK,
     ETIMEDOUT,
+    PR_SET_DUMPABLE,
     PR_SET_PDEATHSIG,
     TYPE_CHECKING,
     StepError,
@@ -69,6 +70,8 @@ def answer_as_twin(request: Request, start: int, writing: int) -> NoReturn:
         for item in request["tries"][start:]:
             write_line(writing, {"errno": attempt(item)})
         ways = [{**way, "errno": attempt_way(way, request["timeout"])} for way in request["ways"]]
+        # The workload is as readable as its program's file; the launcher, whose fork this is, closed itself to everybody.
+        prctl("dumpable", PR_SET_DUMPABLE, 1)
         proxy = ask_proxy(request["proxy"], request["ask"].encode(), request["patience"])
         write_line(writing, {"ways": ways, "proxy": proxy})
     except BaseException:  # noqa: BLE001  the process's boundary: two launchers on one control socket must never be

@@ -20,7 +20,7 @@ from openshell_supervisor.confine.launcher.kernel import (
     libc,
     step,
 )
-from openshell_supervisor.confine.launcher.place import enter, separate
+from openshell_supervisor.confine.launcher.place import diagnostics, enter, separate
 from openshell_supervisor.confine.launcher.probe import probe
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def become(request: Request, descriptors: list[int]) -> Answer:
 OPERATIONS = {
     "enter": enter,
     "separate": separate,
+    "diagnostics": diagnostics,
     "confine": confine,
     "probe": probe,
     "signal": send_signal,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ from openshell_supervisor.confine.plan import Plan
 from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.proxy.authority import CertificateAuthority
 from openshell_supervisor.settings import Settings
-from openshell_supervisor.telemetry.events import Telemetry
+from openshell_supervisor.telemetry.events import Severity, Telemetry
 from openshell_supervisor.workload.child import Child
 from openshell_supervisor.workload.environ import Trust
 from openshell_supervisor.workload.reaper import Reaper
@@ -22,6 +24,7 @@ from openshell_supervisor.workload.terminal import Terminal
 
 if TYPE_CHECKING:
     from openshell_supervisor.verdict.decide import Generation
+    from openshell_supervisor.verdict.engines.protocol import Engine
 
 
 @dataclass(slots=True)
@@ -44,6 +47,7 @@ class Sandbox:
     memory_closed: bool = True
     generation_number: int = 1
     identity_known: bool = True
+    engine: Engine | None = None
     _generation: Generation | None = None
 
     @property
@@ -53,7 +57,7 @@ class Sandbox:
             from openshell_supervisor.verdict.decide import build_generation
 
             required = self.identity_known and not self.settings.relaxed_identity
-            self._generation = build_generation(self.policy, self.generation_number, required)
+            self._generation = build_generation(self.policy, self.generation_number, required, self.engine)
         return self._generation
 
     def callers_known(self, known: bool) -> None:
@@ -70,3 +74,36 @@ def start_launcher(reaper: Reaper, terminal: Terminal | None = None) -> Child:
     """Start a launcher, on the terminal's slave where there is one. Raises `LaunchError`."""
     stdio = {0: terminal.slave, 1: terminal.slave, 2: terminal.slave} if terminal is not None else None
     return Child.start(reaper, Path(launcher.ENTRY), stdio)
+
+
+@contextlib.asynccontextmanager
+async def engine_of(sandbox: Sandbox) -> AsyncIterator[None]:
+    """While it lasts, an OPA server decides, where one was named; its outages are said. Raises `SettingsError` for its name."""
+    settings = sandbox.settings
+    if not settings.opa_url:
+        yield
+        return
+    from openshell_supervisor.verdict.engines.opa_client import opa_address
+    from openshell_supervisor.verdict.engines.opa_server import OpaServerEngine
+
+    address = opa_address(settings.opa_url, settings.opa_token_file, settings.opa_ca)
+    async with OpaServerEngine(address, told=lambda reason: _say_engine(sandbox.telemetry, reason)) as engine:
+        sandbox.engine = engine
+        yield
+
+
+def _say_engine(telemetry: Telemetry, reason: str) -> None:
+    if not reason:
+        telemetry.config("restored", "The policy engine answers again: requests are decided", engine="opa")
+        return
+    message = "The policy engine cannot be asked: every request is denied until it answers"
+    telemetry.config(
+        "degraded",
+        message,
+        enabled=None,
+        severity=Severity.MEDIUM,
+        ok=False,
+        engine="opa",
+        reason_id="engine_unavailable",
+        error=reason,
+    )

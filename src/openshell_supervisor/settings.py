@@ -77,6 +77,9 @@ class Settings:
     external: frozenset[Layer] = frozenset()
     external_unsure: frozenset[Layer] = frozenset()
     netlink: Netlink | None = None
+    opa_url: str = ""
+    opa_token_file: Path | None = None
+    opa_ca: Path | None = None
     self_probe: bool = True
     without_effect: tuple[str, ...] = ()
 
@@ -110,6 +113,15 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_policy_options(top: argparse.ArgumentParser) -> None:
     top.add_argument("--policy", metavar="FILE", help="policy in YAML (OPENSHELL_POLICY)")
+    top.add_argument(
+        "--opa-url",
+        metavar="URL",
+        help="decide in this OPA server: http(s)://HOST:PORT or unix:/PATH (OPENSHELL_OPA_URL)",
+    )
+    top.add_argument("--opa-token-file", metavar="FILE", help="its bearer token (OPENSHELL_OPA_TOKEN_FILE)")
+    top.add_argument(
+        "--opa-ca", metavar="FILE", help="PEM roots trusted for it, instead of the system's (OPENSHELL_OPA_CA)"
+    )
     top.add_argument(
         "--network-mode", metavar="MODE", help="isolated, host or auto (OPENSHELL_NETWORK_MODE; default auto)"
     )
@@ -206,6 +218,11 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         external=said | variable,
         external_unsure=variable - said,
         netlink=_netlink(environment.get("OPENSHELL_ALLOW_NETLINK_ENUMERATE", "")),
+        opa_url=values.opa_url or environment.get("OPENSHELL_OPA_URL", ""),
+        opa_token_file=named.existing_file(
+            values.opa_token_file or environment.get("OPENSHELL_OPA_TOKEN_FILE"), "--opa-token-file"
+        ),
+        opa_ca=named.existing_file(values.opa_ca or environment.get("OPENSHELL_OPA_CA"), "--opa-ca"),
         self_probe=not values.no_self_probe,
         without_effect=_without_effect(values, environment),
     )

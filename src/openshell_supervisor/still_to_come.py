@@ -29,7 +29,6 @@ STILL_TO_COME_VARIABLES = {
     "OPENSHELL_NETWORK_ENFORCEMENT_MODE": "the sidecar topology is not built yet",
     "OPENSHELL_SIDECAR_CONTROL_SOCKET": "the sidecar topology is not built yet",
     "OPENSHELL_PROVIDER_SPIFFE_WORKLOAD_API_SOCKET": "the SPIFFE identity socket is not built yet",
-    "OPENSHELL_OPA_URL": "the OPA server engine is not built yet",
 }
 # Accepted and without effect, as upstream: the first two always, the others outside `--mode=network-init` (contract 1.2).
 IGNORED_FLAGS = (

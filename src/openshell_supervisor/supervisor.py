@@ -21,7 +21,7 @@ from openshell_supervisor.errors import LaunchError
 from openshell_supervisor.inside import Settled, confine_request, stop_proxy
 from openshell_supervisor.preparation import make_telemetry, prepared
 from openshell_supervisor.proxy.frontend import Proxy
-from openshell_supervisor.sandbox import Sandbox, start_launcher
+from openshell_supervisor.sandbox import Sandbox, engine_of, start_launcher
 from openshell_supervisor.settings import Settings
 from openshell_supervisor.telemetry.events import Process
 from openshell_supervisor.telemetry.line_writer import STDERR
@@ -42,7 +42,7 @@ async def run(settings: Settings, authority: int | None = None) -> int:
     telemetry = make_telemetry(settings)
     early = _catch_early_signals()
     try:
-        async with prepared(settings, telemetry, authority) as sandbox:
+        async with prepared(settings, telemetry, authority) as sandbox, engine_of(sandbox):
             return await _live(sandbox)
     except asyncio.CancelledError:
         if not early:

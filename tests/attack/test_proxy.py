@@ -21,6 +21,7 @@ version: 1
 network_policies:
   careless:
     name: careless
+    binaries: [{{path: '/**'}}]
     endpoints:
     - {{host: "*.wild.test", ports: [{port}, 80, 443, 3128]}}
     - {{host: "**.wild.test", ports: [{port}, 80, 443, 3128]}}
@@ -36,10 +37,12 @@ network_policies:
     - {{host: 169.254.169.254, port: {port}}}
   plain:
     name: plain
+    binaries: [{{path: '/**'}}]
     endpoints:
     - {{host: tunnel.test, port: {port}}}
   inspected:
     name: inspected
+    binaries: [{{path: '/**'}}]
     endpoints:
     - host: inspected.test
       port: {port}

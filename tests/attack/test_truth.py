@@ -93,7 +93,7 @@ def test_the_status_file_is_whole_or_absent(place: pathlib.Path) -> None:
     for _ in range(12):
         argv = product.argv(place, POLICY, ["sleep", "5"])
         process = subprocess.Popen(argv, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + chance.uniform(0.1, 1.0)
+        end = time.monotonic() + chance.uniform(0.1, 1.6)
         while time.monotonic() < end:
             try:
                 text = status.read_text()

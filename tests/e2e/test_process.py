@@ -158,7 +158,9 @@ def test_background_processes_do_not_outlive_the_workload(place: pathlib.Path) -
     mark = place / "mark"
     mark.touch(mode=0o666)
     mark.chmod(0o666)
-    script = f"setsid sh -c 'while :; do date +%s.%N >{mark}; sleep 0.05; done' & sleep 0.4; exit 0"
+    # The pause is for what runs in the background to have written once, on a loaded machine too.
+    writer = f"setsid sh -c 'while :; do date +%s.%N >>{mark}; sleep 0.05; done' &"
+    script = f"{writer} until [ -s {mark} ]; do sleep 0.05; done; exit 0"
     ran = product.run(["sh", "-c", script])
     assert ran.code == 0, ran.err
     before = mark.read_text()

@@ -23,6 +23,7 @@ POLICY = f"""version: 1
 {FILES.format(compatibility="best_effort")}
 network_policies:
   upstream:
+    binaries: [{{path: "/**"}}]
     endpoints: [{{host: {runsc.UPSTREAM}, port: {runsc.PORT}}}]
 """
 HARD = POLICY.replace("best_effort", "hard_requirement")

@@ -80,6 +80,7 @@ def _rule_warnings(rule: NetworkRule, path: str) -> Iterator[Problem]:
 
 
 def _endpoint_warnings(e: Endpoint, path: str) -> Iterator[Problem]:
+    yield from _protocol_warnings(e, path)
     yield from _word_warnings(e, path)
     yield from _host_warnings(e, path)
     yield from _ignored_warnings(e, path)
@@ -100,6 +101,24 @@ def _endpoint_warnings(e: Endpoint, path: str) -> Iterator[Problem]:
             "every request to this endpoint is allowed",
             f"{path}.{written[0]}",
             hint="add `protocol: rest` to have requests inspected",
+        )
+
+
+def _protocol_warnings(e: Endpoint, path: str) -> Iterator[Problem]:
+    """Protocols are told apart in any case, and most of their rules in lower case only; upstream says nothing of it."""
+    protocol = e.protocol.lower()
+    effect = {
+        "mcp": "every call to this endpoint is denied",
+        "json-rpc": "every call to this endpoint is denied",
+        "graphql": "an `access` preset gets the rules of rest and denies every operation",
+        "websocket": "an `access` preset gets the rules of rest, which deny messages",
+    }.get(protocol)
+    if effect is not None and e.protocol != protocol:
+        yield Problem(
+            "protocol_case",
+            f"protocol '{shown(e.protocol)}' is not in lower case: it is accepted, and {effect}",
+            f"{path}.protocol",
+            hint=f"write `protocol: {protocol}`",
         )
 
 

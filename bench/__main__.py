@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench import contenders, decisions, machine, memory, startup, throughput, tunnel
+from bench import callers, contenders, decisions, machine, memory, startup, throughput, tunnel
 from bench.contenders import Contender
 from bench.lab import Lab
 from bench.measure import BenchError
@@ -22,7 +22,7 @@ from bench.plan import FULL, QUICK, Plan
 from bench.rows import Row, table
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = ("startup", "decisions", "throughput", "tunnel", "memory")
+SUITES = ("startup", "decisions", "callers", "throughput", "tunnel", "memory")
 
 
 class Run:
@@ -64,6 +64,8 @@ class Run:
             return startup.measure(self.lab, self.plan)
         if name == "decisions":
             return decisions.measure(self.plan)
+        if name == "callers":
+            return callers.measure(self.plan)
         if name == "throughput":
             live = self._live_contenders(("auto", "host", "mitmdump", "mitmdump -q", "direct"))
             return throughput.measure(self.lab, self.plan, live)

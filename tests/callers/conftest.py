@@ -1,6 +1,6 @@
-"""So that `import connections` works from the tests of this room."""
+"""So that `import connections` and `import product` work from the tests of this room."""
 
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent / "e2e")]

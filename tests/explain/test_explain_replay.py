@@ -22,6 +22,7 @@ from openshell_supervisor.policy.yaml_file import parse
 from openshell_supervisor.proxy.gate import Gate, Origin
 from openshell_supervisor.telemetry.events import Context, Endpoint, Process, Telemetry
 from openshell_supervisor.verdict.decide import Generation, build_generation
+from openshell_supervisor.verdict.facts import Verdict
 
 SOURCE = Endpoint(ip="10.200.0.2", port=40000)
 
@@ -65,7 +66,8 @@ class Recorder:
 
     def connect(self, host: str) -> None:
         """A CONNECT, written down as the proxy does."""
-        origin, verdict = Origin(SOURCE, host, 443, "https", forward=False), self.gate.connection(host, 443)
+        origin = Origin(SOURCE, host, 443, "https", forward=False)
+        verdict = self.gate.connection(origin)
         if verdict.allow:
             self.gate.connect_allowed(origin, verdict, inspected=verdict.inspected)
         else:
@@ -176,20 +178,28 @@ def test_who_asked_counts_where_it_is_recorded(tmp_path: pathlib.Path) -> None:
     outcome = replay(record.file(tmp_path), generation(text), generation(text, identity=True))
     (change,) = outcome.changes
     assert (change.recorded.question.binary, change.kind) == ("/usr/bin/wget", "allowed->blocked")
+    assert change.unsure  # its ancestors are not recorded, and a rule may list one
 
 
 def test_what_the_policy_did_not_decide_is_left_out(tmp_path: pathlib.Path) -> None:
     """Refused addresses, malformed requests, failures, other events: counted by reason, never decided."""
     record = Recorder(policy(rest("a.test")))
-    origin, verdict = Origin(SOURCE, "a.test", 443, "https", forward=False), record.gate.connection("a.test", 443)
+    origin = Origin(SOURCE, "a.test", 443, "https", forward=False)
+    verdict = record.gate.connection(origin)
     record.gate.address_denied(origin, "CONNECT", "internal address", "no", verdict)
     record.request("GET", "a.test", "/../x")
     record.gate.failed("away", origin)
     record.telemetry.lifecycle("Start", "up")
+    record.gate.connect_denied(origin, Verdict(False, "caller_unknown", "failed to resolve peer binary: gone"))
     record.request("GET", "a.test", "/x")
     outcome = replay(record.file(tmp_path), generation(policy(rest("b.test"))))
-    assert outcome.left_out == {"not decided by the policy": 2, "no decision": 1, "not traffic": 1}
-    assert (outcome.events, outcome.decided, kinds(outcome)) == (5, 1, {"allowed->blocked": 1})
+    assert outcome.left_out == {
+        "not decided by the policy": 2,
+        "no decision": 1,
+        "not traffic": 1,
+        "decided before any rule": 1,
+    }
+    assert (outcome.events, outcome.decided, kinds(outcome)) == (6, 1, {"allowed->blocked": 1})
 
 
 def test_what_a_body_decides_is_left_out(tmp_path: pathlib.Path) -> None:

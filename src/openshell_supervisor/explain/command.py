@@ -19,8 +19,8 @@ from typing import NoReturn
 
 from openshell_supervisor.errors import SettingsError
 from openshell_supervisor.explain import wording
-from openshell_supervisor.explain.question import CONNECT, TRANSPORTS, Question, ask
-from openshell_supervisor.policy.not_built import not_built
+from openshell_supervisor.explain.question import CONNECT, TRANSPORTS, Answer, Question, ask
+from openshell_supervisor.policy.not_built import BUILT_PROTOCOLS, not_built
 from openshell_supervisor.policy.yaml_file import load
 from openshell_supervisor.verdict.decide import Generation, build_generation
 
@@ -158,20 +158,23 @@ def _single(options: argparse.Namespace) -> int:
         body=os.fsencode(options.body or ""),
     )
     answer = ask(question, generation)
-    told = wording.Told.of(question, answer, generation, _notes(options, generation))
+    told = wording.Told.of(question, answer, generation, _notes(options, answer, generation))
     _write([told.as_json() if options.json else told.text()])
     return YES if answer.allow else NO
 
 
-def _notes(options: argparse.Namespace, generation: Generation) -> tuple[str, ...]:
+def _notes(options: argparse.Namespace, answer: Answer, generation: Generation) -> tuple[str, ...]:
     """What the answer leaves out, so that nobody takes it for more than it is."""
+    notes = []
     listed = any(rule.binaries for rule in generation.policy.network_policies.values())
     unbuilt = {problem.code for problem in not_built(generation.policy)}
     if options.binary is not None and "not_built.binaries" in unbuilt:
-        return ("the supervisor does not enforce binaries yet: any program gets what some program gets here",)
+        notes.append("the supervisor does not enforce binaries yet: any program gets what some program gets here")
     if options.binary is None and listed:
-        return ("the policy's binaries were not looked at; --binary names the calling program",)
-    return ()
+        notes.append("the policy's binaries were not looked at; --binary names the calling program")
+    if answer.protocol not in BUILT_PROTOCOLS:
+        notes.append(f"the proxy does not read {answer.protocol} yet: it denies every request to this endpoint")
+    return tuple(notes)
 
 
 def _cases(path: Path) -> int:

@@ -140,7 +140,7 @@ def _read(question: Question, request: Request, reader: MatchedEndpoint | None) 
     """The request with what its endpoint's protocol needs of it. Raises `BodyError`."""
     if reader is None:
         return request
-    if question.message is not None and reader.endpoint.protocol == "websocket":
+    if question.message is not None and reader.endpoint.protocol.lower() == "websocket":
         return read_message(request, reader.endpoint, question.message)
     return read_body(request, reader.endpoint, question.headers, question.body)
 

@@ -26,6 +26,8 @@ DECIDED_BY_POLICY = ("opa", "l7")
 """How `firewall_rule.type` says that the verdict is the policy's; the others are checks of addresses, heads, TLS, the fence.
 `l7-mcp` and the like are upstream's."""
 _AUDIT = re.compile(r"^\w+ audit |\bdecision=audit\b")  # the decision word of a request that audit let pass
+_OF_RULES = re.compile(r"endpoint |network connections not |binary '")
+"""How the reasons of a connection begin that rules denied; the others are of callers that could not be told, and the like."""
 HEAD_ONLY = ("", "rest", "tcp")
 """Protocols that are judged by a request's head; of the others a recording lacks what decides."""
 MAX_DISTINCT = 200_000
@@ -48,7 +50,7 @@ class Recorded:
 class Change:
     """One question whose outcome would be another, how often it was asked, and what would be said now.
 
-    `unsure` says that a query, which the recording does not hold, could change the new verdict.
+    `unsure` says that a query or ancestors, which the recording does not hold, could change the new verdict.
     """
 
     recorded: Recorded
@@ -108,14 +110,14 @@ def replay(path: Path, generation: Generation, with_callers: Generation | None =
             answers.append((item, times, answer))
         else:
             left_out[f"{answer.protocol}: decided by the body or message, which a recording does not hold"] += times
-    unsure = sum(times for _, times, answer in answers if _hangs_on_query(answer))
+    unsure = sum(times for item, times, answer in answers if _unsure(item, answer))
     return Replay(events, sum(times for _, times, _ in answers), left_out, tuple(_changes(answers)), unsure)
 
 
 def _changes(answers: Iterable[tuple[Recorded, int, Answer]]) -> Iterator[Change]:
     for recorded, times, answer in answers:
         if answer.outcome != recorded.outcome:
-            yield Change(recorded, answer, times, _hangs_on_query(answer))
+            yield Change(recorded, answer, times, _unsure(recorded, answer))
 
 
 def _recorded(event: dict[str, Any]) -> Recorded | str:
@@ -126,8 +128,11 @@ def _recorded(event: dict[str, Any]) -> Recorded | str:
     outcome = _OUTCOMES.get(str(event.get("action")))
     if outcome is None:
         return "no decision"
-    if not _by_policy(str(_member(event, "firewall_rule").get("type"))):
+    engine = str(_member(event, "firewall_rule").get("type"))
+    if not _by_policy(engine):
         return "not decided by the policy"
+    if outcome != "allowed" and engine == "opa" and not _OF_RULES.match(str(event.get("status_detail") or "endpoint ")):
+        return "decided before any rule"
     question = _connection(event) if kind == NETWORK else _request(event)
     if question is None:
         return "incomplete"
@@ -181,8 +186,10 @@ def _member(event: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _hangs_on_query(answer: Answer) -> bool:
-    """True where some rule of the endpoints that have a say looks at the query."""
+def _unsure(recorded: Recorded, answer: Answer) -> bool:
+    """True where what a recording lacks could change the verdict: a query that rules look at, ancestors that a rule may list."""
+    if answer.reason_id == "binary_not_allowed" and not recorded.question.ancestors:
+        return True
     return answer.stage == "request" and any(
         match.query for item in answer.verdict.endpoints for match in (*item.endpoint.rules, *item.endpoint.deny_rules)
     )

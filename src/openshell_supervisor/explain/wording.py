@@ -151,7 +151,7 @@ def replay_lines(outcome: Replay) -> Iterator[str]:
     for why, count in sorted(outcome.left_out.items()):
         yield f"  {count} left out: {why}"
     if outcome.unsure:
-        yield f"  {outcome.unsure} hang on a query, which a recording does not hold; they were asked without one"
+        yield f"  {outcome.unsure} hang on a query or on a program's ancestors, which the recording does not hold"
     if not outcome.changes:
         yield "nothing would change"
     for kind, count in outcome.counts().items():
@@ -162,7 +162,7 @@ def replay_lines(outcome: Replay) -> Iterator[str]:
 
 def _change_line(change: Change) -> str:
     kind = change.kind.replace("->", " -> ")
-    note = " (hangs on the query)" if change.unsure else ""
+    note = " (hangs on what is not recorded)" if change.unsure else ""
     asked = _asked(change.recorded.question)
     return printable(f"{kind}: {asked} ({change.times} times): {change.answer.reason}{note}")
 

@@ -102,10 +102,11 @@ def say(where: Endpoint, message: Any) -> Verdict:
         ({"id": "x" * 1025}, "too long"),
         ([{"query": "{viewer}"}, 1], "not a JSON object"),
         ([{"query": "{viewer}"}] * (graphql.MAX_BATCH + 1), "more than"),
+        ({"query": "{viewer " + " ".join(f"f{n}" for n in range(graphql.MAX_FIELDS)) + "}"}, "root fields"),
         (b'"x"', "not a JSON object"),
         (b"  ", "empty"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_requests_that_servers_read_in_two_ways_are_refused(body: Any, why: str) -> None:
     """Under audit too; the plain request beside them is allowed."""

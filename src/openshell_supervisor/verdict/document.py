@@ -53,7 +53,7 @@ def document(
     if require_binary_identity:
         parts.append(f'"exec":{json.dumps(_exec(facts))}')
     if request is not None:
-        parts.append(f'"request":{json.dumps(_request(request, stand_in, candidates))}')
+        parts.append(f'"request":{json.dumps(_request(request, stand_in, candidates, whole))}')
     return f"{{{','.join(parts)}}}"
 
 
@@ -75,7 +75,9 @@ def _exec(facts: Facts) -> dict[str, object]:
     return {"path": facts.binary, "ancestors": facts.ancestors, "cmdline_paths": facts.cmdline}
 
 
-def _request(request: Request, stand_in: bool, candidates: Sequence[CompiledEndpoint]) -> dict[str, object]:
+def _request(
+    request: Request, stand_in: bool, candidates: Sequence[CompiledEndpoint], whole: bool
+) -> dict[str, object]:
     path = ("/%2F" if "%2F" in request.path else "/") if stand_in else request.path
     values: dict[str, list[str]] = {}
     for key, value in request.query:
@@ -86,7 +88,8 @@ def _request(request: Request, stand_in: bool, candidates: Sequence[CompiledEndp
         entry["refused_as"] = refused_as(body)
         entry["refusal"] = "" if stand_in else rejection(body)
     elif isinstance(body, RpcBody):
-        entry["rpc"] = call_input(body, request.method, (c.calls for c in candidates if c.calls))
+        asked = [(c.policy, c.index, c.calls) for c in candidates if c.calls]
+        entry["rpc"] = call_input(body, request.method, asked, whole=whole)
     elif isinstance(body, WebSocketPart) and body.control:
         entry["control"] = True
     elif body is not None and body.graphql is not None:
@@ -107,17 +110,17 @@ def _with_request(globs: _Globs, candidate: CompiledEndpoint, request: Request, 
             globs.match_values(match.query_globs, {value for _, value in request.query})
         sections.append(",".join(match.json for match in live))
     text = f'{candidate.request_json},"rules":[{sections[0]}],"deny_rules":[{sections[1]}]'
-    return f"{{{text}{_for_body(candidate, request.body)}}}"
+    return f"{{{text}{_for_body(candidate, request.body, whole)}}}"
 
 
-def _for_body(candidate: CompiledEndpoint, body: Body | None) -> str:
+def _for_body(candidate: CompiledEndpoint, body: Body | None, whole: bool) -> str:
     """What the endpoint says of the body: whether it can judge it, and its rules on what is in it."""
     text = ',"built":true' if candidate.reads == (body.protocol if body and candidate.reads else "") else ""
     if isinstance(body, RpcBody) and candidate.calls:
         text += f",{candidate.calls.members}"
     if body is not None and body.graphql is not None and candidate.operations:
-        asked = json.dumps(candidate.operations.input(body.graphql), separators=(",", ":"))
-        text += f',{candidate.operations.members},"operations":{asked}'
+        asked = json.dumps(candidate.operations.input(body.graphql, whole=whole), separators=(",", ":"))
+        text += "".join(f",{part}" for part in (candidate.operations.members, f'"operations":{asked}') if part)
     return text
 
 

@@ -25,6 +25,8 @@ from openshell_supervisor.verdict.bodies.wire import (
 
 MAX_BATCH = 100
 """Requests of a batch; Apollo's clients send 10 at most by default, and servers commonly stop at 100."""
+MAX_FIELDS = 1000
+"""Root fields of all operations of a request; a hand-written one has a dozen, and each is compared with every rule."""
 MAX_IDENTIFIER = 1024
 """Characters of a persisted query's identifier; a SHA-256 in hexadecimal has 64."""
 _IDENTIFIERS = ("id", "documentId", "queryId")
@@ -79,12 +81,24 @@ def parse_graphql(method: str, query: Query, headers: Headers, body: bytes, limi
         raise BodyError("unsupported_content_type", f"GraphQL request content-type {kind[:80]} is not supported")
     try:
         if method == "GET":
-            return GraphqlBody(tuple(_get(query, body)))
+            return _bounded(_get(query, body))
         if method == "POST":
-            return GraphqlBody(tuple(_post(query, body)))
+            return _bounded(_post(query, body))
         raise GraphqlError(f"unsupported GraphQL HTTP method {method}")
     except GraphqlError as error:
         return GraphqlBody(error=str(error))
+
+
+def _bounded(found: Iterator[GraphqlOperation]) -> GraphqlBody:
+    operations = tuple(found)
+    if sum(len(operation.fields) for operation in operations) > MAX_FIELDS:
+        raise GraphqlError(f"GraphQL request asks for more than {MAX_FIELDS} root fields")
+    return GraphqlBody(operations)
+
+
+def message_body(payload: Mapping[str, Any]) -> GraphqlBody:
+    """The operation of a message's payload. Raises `GraphqlError`."""
+    return _bounded(envelope(payload))
 
 
 def _get(query: Query, body: bytes) -> Iterator[GraphqlOperation]:

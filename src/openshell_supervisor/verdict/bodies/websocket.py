@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openshell_supervisor.policy.model import Endpoint
-from openshell_supervisor.verdict.bodies.graphql import GraphqlBody, GraphqlError, envelope
+from openshell_supervisor.verdict.bodies.graphql import GraphqlBody, GraphqlError, message_body
 from openshell_supervisor.verdict.bodies.strict_json import JsonError, loads, look_alike
 from openshell_supervisor.verdict.bodies.wire import BodyError, Headers, values
 
@@ -109,4 +109,4 @@ def _graphql(message: Any) -> WebSocketPart:
         raise GraphqlError("GraphQL WebSocket operation has no id")
     if not isinstance(message.get("payload"), dict):
         raise GraphqlError("GraphQL WebSocket operation has no payload")
-    return WebSocketPart(graphql=GraphqlBody(tuple(envelope(message["payload"]))))
+    return WebSocketPart(graphql=message_body(message["payload"]))

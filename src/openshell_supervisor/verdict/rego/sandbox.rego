@@ -10,17 +10,17 @@
 # input.exec              {"path", "ancestors", "cmdline_paths"}
 # input.request           {"method" in upper case, "path", "query_params": {name: [values]}}; absent for the question about a connection
 #                         Of a body also "refused_as" and "refusal" where it may not be judged, "control" for a message that
-#                         needs no judging, or "rpc": {"verb", "calls": [{"name", "methods", "tool_call", "tools"}],
-#                         "responses", "receive_stream"}, where "methods" and "tools" are the patterns that match, and "name"
-#                         is the method where a rule names it. "operations" where there are some of GraphQL.
+#                         needs no judging, "operations" where there are some of GraphQL, or "rpc": {"verb", "calls": [{"allow",
+#                         "deny", "tool_call"}], "responses", "receive_stream"}; "allow" and "deny" are the rules whose patterns
+#                         match, one of each endpoint: [[policy, endpoint, rule]].
 # input.runtime           {"require_binary_identity": bool}
 # input.policies_exist    false when the policy has no rule at all
 # input.network_policies  the rules that the index could not rule out: {key: {"endpoints": [..], "binaries": [..]}} in the shape of
 #                         upstream's data document. An endpoint also carries "index" (its place in the rule as written),
 #                         "wildcard", "hostless", "inspected", "built" (whether the request was read as its protocol),
-#                         "specificity"; and where a body was read, its rules on it ("call_rules", "deny_call_rules", or
-#                         "operation_rules", "deny_operation_rules" with "operations": [{"type", "names", "fields": [..]} or
-#                         {"unregistered": true}], those of the request as the endpoint knows them, and the patterns that match).
+#                         "specificity"; with calls asked about "calls", "profile", "tool_rules", "invalid_call" (a pattern
+#                         that is no glob); with operations "invalid_operation" and "operations", those of the request as the
+#                         endpoint knows them: [{"allow": rule, "deny": rule} or {"unregistered": 1}].
 # input.globs             which globs match, by kind: {"hosts", "binaries", "paths", "selectors": {pattern: true},
 #                         "queries": {pattern: {value: true}}, "invalid": {pattern: true}}. The dialect is upstream's, which no
 #                         evaluator's glob.match speaks; a pattern that is not asked here is not there.
@@ -307,52 +307,35 @@ request_errors contains glob if {
 	path_matches(rule.path)
 }
 
-# ---- calls: JSON-RPC and MCP ------------------------------------------------------------------------------------------------
+# ---- calls: JSON-RPC and MCP ---------------------------------------------------------------------------------------------
 
-# The endpoints that can say yes to a call: those as whose protocol the request was read.
-call_endpoints := [item.endpoint | some item in taking_part; item.endpoint.built; item.endpoint.call_rules]
+# Where a rule can fire: the endpoints that take part, and of these the ones as whose protocol the request was read.
+present contains [item.policy, item.endpoint.index] if some item in taking_part
 
-call_allowed_by contains [item.policy, item.endpoint.index, rule.index] if {
-	input.request.rpc.verb == "POST"
+able contains [item.policy, item.endpoint.index] if {
 	some item in taking_part
 	item.endpoint.built
-	some rule in item.endpoint.call_rules
+}
+
+call_endpoints := [item | some item in taking_part; item.endpoint.built; item.endpoint.calls]
+
+call_allowed_by contains rule if {
+	input.request.rpc.verb == "POST"
 	some call in input.request.rpc.calls
-	call_matches(item.endpoint.protocol, rule, call)
+	some rule in call.allow
+	[rule[0], rule[1]] in able
 }
 
 # By no single rule (-1): the profile that allows every method, an answer to the server, the stream of its messages.
 call_allowed_by contains [item.policy, item.endpoint.index, -1] if {
-	some item in taking_part
-	item.endpoint.built
+	some item in call_endpoints
 	some call in input.request.rpc.calls
 	profile_allows(item.endpoint, call)
 }
 
 call_allowed_by contains [item.policy, item.endpoint.index, -1] if {
-	some item in taking_part
-	item.endpoint.built
-	item.endpoint.call_rules
+	some item in call_endpoints
 	answer_allowed(item.endpoint.protocol)
-}
-
-call_matches("json-rpc", rule, _) if rule.method == "*"
-
-call_matches("json-rpc", rule, call) if {
-	call.name != ""
-	rule.method == call.name
-}
-
-call_matches("mcp", rule, call) if {
-	call.methods[rule.method]
-	tool_matches(rule, call)
-}
-
-tool_matches(rule, _) if not rule.tools
-
-tool_matches(rule, call) if {
-	some glob in rule.tools
-	call.tools[glob]
 }
 
 # With rules on tools the profile no longer covers calls of tools.
@@ -391,27 +374,25 @@ call_refused if {
 
 call_allowed(call) if {
 	input.request.rpc.verb == "POST"
-	some endpoint in call_endpoints
-	some rule in endpoint.call_rules
-	call_matches(endpoint.protocol, rule, call)
+	some rule in call.allow
+	[rule[0], rule[1]] in able
 }
 
 call_allowed(call) if {
-	some endpoint in call_endpoints
-	profile_allows(endpoint, call)
+	some item in call_endpoints
+	profile_allows(item.endpoint, call)
 }
 
 answer_refused if {
 	input.request.rpc.responses
-	count([endpoint | some endpoint in call_endpoints; answer_allowed(endpoint.protocol)]) == 0
+	count([item | some item in call_endpoints; answer_allowed(item.endpoint.protocol)]) == 0
 }
 
-denied_by contains [item.policy, item.endpoint.index, rule.index] if {
+denied_by contains rule if {
 	input.request.rpc.verb == "POST"
-	some item in taking_part
-	some rule in item.endpoint.deny_call_rules
 	some call in input.request.rpc.calls
-	call_matches(item.endpoint.protocol, rule, call)
+	some rule in call.deny
+	[rule[0], rule[1]] in present
 }
 
 # A client has nothing to answer in plain JSON-RPC.
@@ -419,27 +400,24 @@ response_refused if {
 	input.request.rpc.responses
 	input.request.rpc.verb == "POST"
 	some item in taking_part
-	item.endpoint.call_rules
+	item.endpoint.calls
 	item.endpoint.protocol == "json-rpc"
 }
 
-request_errors contains rule.invalid if {
+request_errors contains item.endpoint.invalid_call if {
 	input.request.rpc
 	some item in taking_part
-	some rule in array.concat(item.endpoint.call_rules, item.endpoint.deny_call_rules)
-	rule.invalid
+	item.endpoint.invalid_call
 }
 
 # ---- operations: GraphQL -------------------------------------------------------------------------------------------------
 
-operation_allowed_by contains [item.policy, item.endpoint.index, rule.index] if {
+operation_allowed_by contains [item.policy, item.endpoint.index, operation.allow] if {
+	input.request.operations
 	some item in taking_part
 	item.endpoint.built
 	graphql_ok(item.endpoint)
 	some operation in item.endpoint.operations
-	some rule in item.endpoint.operation_rules
-	operation_matches(rule, operation)
-	fields_allowed(rule, operation)
 }
 
 # An endpoint says yes when every operation is allowed by a rule of its own.
@@ -450,67 +428,23 @@ graphql_ok(endpoint) if {
 
 operation_failed(endpoint) if {
 	some operation in endpoint.operations
-	not operation_allowed(endpoint, operation)
+	not operation_allowed(operation)
 }
 
-operation_allowed(endpoint, operation) if {
-	some rule in endpoint.operation_rules
-	operation_matches(rule, operation)
-	fields_allowed(rule, operation)
-}
+operation_allowed(operation) if operation.allow >= 0
 
-operation_matches(rule, operation) if {
-	not operation.unregistered
-	type_matches(rule.type, operation.type)
-	name_matches(rule, operation)
-}
-
-type_matches("*", _)
-
-type_matches(wanted, found) if wanted == found
-
-name_matches(rule, _) if not rule.name
-
-name_matches(rule, operation) if operation.names[rule.name]
-
-# Allow: every field is one of the rule's. Deny: any field is.
-fields_allowed(rule, _) if not rule.fields
-
-fields_allowed(rule, operation) if {
-	rule.fields
-	count(operation.fields) > 0
-	not field_missed(rule, operation)
-}
-
-field_missed(rule, operation) if {
-	some found in operation.fields
-	not field_matches(rule, found)
-}
-
-field_matches(rule, found) if {
-	some glob in rule.fields
-	found[glob]
-}
-
-fields_denied(rule, _) if not rule.fields
-
-fields_denied(rule, operation) if {
-	some found in operation.fields
-	field_matches(rule, found)
-}
-
-denied_by contains [item.policy, item.endpoint.index, rule.index] if {
+denied_by contains [item.policy, item.endpoint.index, operation.deny] if {
+	input.request.operations
 	some item in taking_part
 	some operation in item.endpoint.operations
-	some rule in item.endpoint.deny_operation_rules
-	operation_matches(rule, operation)
-	fields_denied(rule, operation)
+	operation.deny >= 0
 }
 
 # Of several endpoints that speak of operations each must say yes: a broad REST rule next to one does not let operations through.
 default vetoed := false
 
 vetoed if {
+	input.request.operations
 	some item in taking_part
 	item.endpoint.operations
 	item.endpoint.protocol in ["graphql", "websocket"]
@@ -518,17 +452,17 @@ vetoed if {
 }
 
 not_registered if {
+	input.request.operations
 	some item in taking_part
 	item.endpoint.protocol in ["graphql", "websocket"]
 	some operation in item.endpoint.operations
 	operation.unregistered
 }
 
-request_errors contains rule.invalid if {
+request_errors contains item.endpoint.invalid_operation if {
+	input.request.operations
 	some item in taking_part
-	item.endpoint.operations
-	some rule in array.concat(item.endpoint.operation_rules, item.endpoint.deny_operation_rules)
-	rule.invalid
+	item.endpoint.invalid_operation
 }
 
 # ---- the outcome ---------------------------------------------------------------------------------------------------------

@@ -30,8 +30,9 @@ TOP = {"supervisor", "preparation", "sandbox", "inside", "ascent", "outfit", "re
 ARROWS: dict[str, set[str]] = {
     "enforcement": set(),
     "errors": {"enforcement"},
-    "settings": {"policy.model", "still_to_come", "named"},
+    "settings": {"policy.model", "still_to_come", "named", "main_process"},
     "named": set(),
+    "main_process": {"named"},
     # The readers of the statement, and the run directory.
     "report": {"telemetry.events"},
     "layers": {"confine", "policy.model"},

@@ -8,8 +8,6 @@ only, because an image can bake environment variables. Contradictions are `Setti
 from __future__ import annotations
 
 import argparse
-import base64
-import binascii
 import ipaddress
 import json
 import math
@@ -19,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from openshell_supervisor import __version__, named
+from openshell_supervisor import __version__, main_process, named
 from openshell_supervisor.enforcement import Layer
 from openshell_supervisor.errors import SettingsError
 from openshell_supervisor.policy.model import Netlink
@@ -36,12 +34,8 @@ DECLARABLE = frozenset((Layer.NETWORK, Layer.FILESYSTEM, Layer.SYSCALLS, Layer.S
 NETWORK_MODES = ("isolated", "host", "auto")
 EGRESS_MODES = ("enforce", "observe")
 LOG_LEVELS = ("error", "warn", "info", "debug", "trace")
-DEFAULT_COMMAND = ("/bin/bash", "-l")  # contract 1.3
 # `podman stop` and `docker stop` send SIGKILL after 10 s; the drain and the report need the rest.
 DEFAULT_GRACE_SECONDS = 8.0
-MAX_SPEC_BYTES = (
-    1024 * 1024
-)  # a command line in a variable; execve(2) allows 128 KiB per string, the encoding adds a third
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +167,9 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """Settings from argv (without the program's name) and the environment. Raises `SettingsError`; `--help` and `--version`
     end the process as argparse does."""
     values = parser().parse_args(list(arguments))
-    for name, value in vars(values).items():
-        if isinstance(value, str) and not value.strip(" ,"):
-            flag = f"--{name.replace('_', '-')}"
-            raise _fail(
-                "empty_value", f"{flag} is given and empty", "leave the flag out, or check the variable it came from"
-            )
+    _refuse_empty(values)
     _refuse_what_is_to_come(values, environment)
-    command, tty = _command(values, environment)
+    command, tty = main_process.command(values.command, bool(values.interactive), environment)
     said = _declared(values.declare_external, "--declare-external")
     variable = _declared(environment.get("OPENSHELL_DECLARE_EXTERNAL"), "OPENSHELL_DECLARE_EXTERNAL")
     policy = named.existing_file(values.policy or environment.get("OPENSHELL_POLICY"), "--policy")
@@ -206,18 +195,9 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         log_level=_log_level(values.log_level, environment),
         sandbox_id=values.sandbox_id or environment.get("OPENSHELL_SANDBOX_ID", ""),
         sandbox_name=values.sandbox or environment.get("OPENSHELL_SANDBOX", ""),
-        image=environment.get("OPENSHELL_CONTAINER_IMAGE", ""),
-        oci_user=environment.get("OPENSHELL_OCI_IMAGE_USER"),
-        sandbox_uid=environment.get("OPENSHELL_SANDBOX_UID", ""),
-        sandbox_gid=environment.get("OPENSHELL_SANDBOX_GID", ""),
-        user_variables=_user_variables(environment.get("OPENSHELL_USER_ENVIRONMENT", "")),
-        require_pid_limit="OPENSHELL_REQUIRE_RUNTIME_PID_LIMIT" in environment,
-        relaxed_identity=environment.get("OPENSHELL_NETWORK_BINARY_IDENTITY", "").lower()
-        in ("relaxed", "disabled", "endpoint-only", "false", "0"),
-        best_effort="OPENSHELL_BEST_EFFORT_FAILURES" in environment,  # presence, the empty string too (S2-01)
+        **_variables_alone(environment),
         external=said | variable,
         external_unsure=variable - said,
-        netlink=_netlink(environment.get("OPENSHELL_ALLOW_NETLINK_ENUMERATE", "")),
         opa_url=values.opa_url or environment.get("OPENSHELL_OPA_URL", ""),
         opa_token_file=named.existing_file(
             values.opa_token_file or environment.get("OPENSHELL_OPA_TOKEN_FILE"), "--opa-token-file"
@@ -232,6 +212,30 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     if settings.egress == "enforce":
         believe(settings, Layer.NETWORK, "--egress enforce")
     return settings
+
+
+def _refuse_empty(values: argparse.Namespace) -> None:
+    for name, value in vars(values).items():
+        if isinstance(value, str) and not value.strip(" ,"):
+            flag = f"--{name.replace('_', '-')}"
+            hint = "leave the flag out, or check the variable it came from"
+            raise _fail("empty_value", f"{flag} is given and empty", hint)
+
+
+def _variables_alone(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of `Settings` that no flag sets: what drivers say, and upstream's switches."""
+    identity = environment.get("OPENSHELL_NETWORK_BINARY_IDENTITY", "").lower()
+    return {
+        "image": environment.get("OPENSHELL_CONTAINER_IMAGE", ""),
+        "oci_user": environment.get("OPENSHELL_OCI_IMAGE_USER"),
+        "sandbox_uid": environment.get("OPENSHELL_SANDBOX_UID", ""),
+        "sandbox_gid": environment.get("OPENSHELL_SANDBOX_GID", ""),
+        "user_variables": _user_variables(environment.get("OPENSHELL_USER_ENVIRONMENT", "")),
+        "require_pid_limit": "OPENSHELL_REQUIRE_RUNTIME_PID_LIMIT" in environment,
+        "relaxed_identity": identity in ("relaxed", "disabled", "endpoint-only", "false", "0"),
+        "best_effort": "OPENSHELL_BEST_EFFORT_FAILURES" in environment,  # presence, the empty string too (S2-01)
+        "netlink": _netlink(environment.get("OPENSHELL_ALLOW_NETLINK_ENUMERATE", "")),
+    }
 
 
 def status_file_of(arguments: Sequence[str], environment: Mapping[str, str]) -> Path | None:
@@ -269,7 +273,12 @@ def _without_effect(values: argparse.Namespace, environment: Mapping[str, str]) 
     """What was given and means nothing here, as upstream: to be said, not to be refused."""
     given = [flag for flag in IGNORED_FLAGS if getattr(values, flag.removeprefix("--").replace("-", "_"))]
     if not values.command and not environment.get("OPENSHELL_MAIN_PROCESS_SPEC"):
-        given.append(f"no command: starting {' '.join(DEFAULT_COMMAND)}, as upstream does (--help lists the options)")
+        given.append(
+            f"no command: starting {' '.join(main_process.DEFAULT_COMMAND)}, as upstream does (--help lists the options)"
+        )
+    user = environment.get("OPENSHELL_USER_ENVIRONMENT")
+    if user and not _user_variables(user):
+        given.append("OPENSHELL_USER_ENVIRONMENT: no JSON map of text")
     if values.openshell_endpoint or environment.get("OPENSHELL_ENDPOINT"):
         given.append("OPENSHELL_ENDPOINT: the local policy wins, the gateway is not asked")
     return tuple(given)
@@ -283,41 +292,6 @@ def _check_gateway(values: argparse.Namespace, environment: Mapping[str, str], p
             "OPENSHELL_ENDPOINT: fetching the policy from a gateway is not built yet",
             "give a local policy with --policy FILE; it wins over the gateway",
         )
-
-
-def _command(values: argparse.Namespace, environment: Mapping[str, str]) -> tuple[tuple[str, ...], bool]:
-    """Contract 1.3: argv, else OPENSHELL_MAIN_PROCESS_SPEC, else a login shell on a terminal."""
-    words = list(values.command)
-    if words[:1] == ["--"]:
-        words = words[1:]
-    if words:
-        if not words[0]:
-            raise _fail("usage", "the command's first word is empty", "name a program after --")
-        return tuple(words), bool(values.interactive)
-    spec = environment.get("OPENSHELL_MAIN_PROCESS_SPEC")
-    if spec:
-        return _main_process_spec(spec)
-    return DEFAULT_COMMAND, True
-
-
-def _main_process_spec(text: str) -> tuple[tuple[str, ...], bool]:
-    hint = 'the driver writes {"version": 1, "command": ["..."], "tty": false}, plain or as base64url:…'
-    name = "OPENSHELL_MAIN_PROCESS_SPEC"
-    if len(text) > MAX_SPEC_BYTES:
-        raise _fail("main_process_spec", f"{name} is longer than {MAX_SPEC_BYTES} bytes", hint)
-    try:
-        if text.startswith("base64url:"):
-            encoded = text.removeprefix("base64url:")
-            text = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
-        spec: Any = json.loads(text)
-    except (ValueError, binascii.Error, RecursionError) as error:
-        raise _fail("main_process_spec", f"{name} cannot be decoded: {error}", hint) from None
-    command = spec.get("command") if isinstance(spec, dict) else None
-    if not isinstance(spec, dict) or spec.get("version") != 1 or not isinstance(command, list) or not command:
-        raise _fail("main_process_spec", f"{name} must have version 1 and a non-empty command", hint)
-    if not all(isinstance(word, str) for word in command) or not command[0]:
-        raise _fail("main_process_spec", f"{name}: every word of the command must be text, the first not empty", hint)
-    return tuple(command), spec.get("tty") is True
 
 
 def _network_mode(values: argparse.Namespace, environment: Mapping[str, str]) -> str:

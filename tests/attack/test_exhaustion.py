@@ -93,6 +93,7 @@ def test_descriptors_used_up_by_tunnels(sink: int) -> None:
     policy = (
         arena.POLICY.format(uid=arena.UID).replace("network_policies: {}", "")
         + f"network_policies:\n  a:\n    name: a\n    endpoints:\n    - {{host: allowed.test, port: {sink}}}\n"
+        + "    binaries: [{path: /**}]\n"
     )
     code = (
         "held = opened(600); time.sleep(0.5)\n"

@@ -26,14 +26,6 @@ def not_built(policy: SandboxPolicy) -> tuple[Problem, ...]:
 
 
 def _sections(policy: SandboxPolicy) -> Iterator[Problem]:
-    listed = sum(bool(rule.binaries) for rule in policy.network_policies.values())
-    if listed:
-        yield Problem(
-            "not_built.binaries",
-            f"binaries of {listed} rule{'s' if listed != 1 else ''} are read and not enforced yet: any program in the "
-            "sandbox may use their endpoints",
-            "network_policies",
-        )
     if policy.network_middlewares:
         yield Problem("not_built.middlewares", "network middlewares are read and do not run yet", "network_middlewares")
 

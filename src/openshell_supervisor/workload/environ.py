@@ -127,9 +127,9 @@ def workload_environment(
     proxy_url: str | None,
     trust: Trust | None,
 ) -> dict[str, str]:
-    """The complete block for execve(2). `user_variables` are those the user set through the driver; they keep their value
-    against the session's defaults, but never against the proxy's and the trust's."""
-    block = {name: value for name, value in inherited.items() if name not in WITHHELD}
+    """The complete block for execve(2). `user_variables` are those the user set through the driver, which puts them into our own
+    block as well; they count against the session's defaults, but never against the proxy's and the trust's."""
+    block = {name: value for name, value in {**inherited, **user_variables}.items() if name not in WITHHELD}
     block["OPENSHELL_SANDBOX"] = "1"
     defaults = {
         "HOME": session.home,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openshell_supervisor.callers.links import Links
 from openshell_supervisor.confine import launcher
 from openshell_supervisor.confine.failure import FailureHandler
 from openshell_supervisor.confine.identity import Identity
@@ -48,6 +49,7 @@ class Sandbox:
     generation_number: int = 1
     identity_known: bool = True
     engine: Engine | None = None
+    links: Links = field(default_factory=Links)
     _generation: Generation | None = None
 
     @property
@@ -57,7 +59,8 @@ class Sandbox:
             from openshell_supervisor.verdict.decide import build_generation
 
             required = self.identity_known and not self.settings.relaxed_identity
-            self._generation = build_generation(self.policy, self.generation_number, required, self.engine)
+            policy = self.links.follow(self.policy) if required else self.policy
+            self._generation = build_generation(policy, self.generation_number, required, self.engine)
         return self._generation
 
     def callers_known(self, known: bool) -> None:

@@ -84,7 +84,9 @@ def _unidentified(origin: Origin, generation: Generation) -> Verdict | None:
 def _actor(origin: Origin) -> Process | None:
     """The caller, for events."""
     caller = origin.caller
-    return Process(caller.binary, caller.pid) if caller is not None and caller.binary else None
+    if caller is None or not caller.binary:
+        return None
+    return Process(caller.binary, caller.pid, ancestors=caller.ancestors)
 
 
 class Gate:

@@ -88,9 +88,12 @@ presets = st.fixed_dictionaries(
         "access": st.sampled_from(("read-only", "read-write", "full")),
     }
 )
+every_method = st.just(
+    {"host": "m.example.com", "port": 443, "protocol": "mcp", "mcp": {"allow_all_known_mcp_methods": True}}
+)
 binaries = st.fixed_dictionaries({"path": st.sampled_from(("/usr/bin/curl", "/**"))}, optional={"harness": flags})
-rules = some(name=words, endpoints=several(endpoints | usable | presets), binaries=several(binaries))
-tidy_rules = some(name=words, endpoints=several(usable | presets), binaries=several(binaries))
+rules = some(name=words, endpoints=several(endpoints | usable | presets | every_method), binaries=several(binaries))
+tidy_rules = some(name=words, endpoints=several(usable | presets | every_method), binaries=several(binaries))
 paths = several(st.sampled_from(("/usr", "/tmp/", "/srv//data", "/é")))
 json_values = st.recursive(
     st.none() | flags | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | words,

@@ -2,8 +2,9 @@
 
     python tests/verdict/fuzz.py [--seconds 600] [--seed 1] [--keep NEW.jsonl]
 
-Starts from tests/verdict/corpus/*.jsonl and keeps what reaches lines that nothing reached before (`sys.monitoring`). One entry is
-`{"policy": YAML text, "facts": [{host, port, binary, ancestors, request: {method, target}}]}`. Exit status 1 with findings.
+Starts from tests/verdict/corpus/*.jsonl and keeps what reaches lines that nothing reached before (`sys.monitoring`). An entry is
+`{"policy": YAML text, "facts": [{host, port, binary, ancestors, request: {method, target, headers, body, message}}]}`; with
+`message` the body is a text message after that handshake. Exit status 1 with findings.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.policy.normalise import normalise
 from openshell_supervisor.policy.proto import load_message, to_proto
 from openshell_supervisor.policy.yaml_file import parse
-from openshell_supervisor.verdict.decide import ENGINE_HINT, build_generation, decide, decide_fully
+from openshell_supervisor.verdict.bodies.read import read_body, read_message
+from openshell_supervisor.verdict.bodies.wire import BodyError
+from openshell_supervisor.verdict.decide import ENGINE_HINT, Generation, build_generation, decide, decide_fully
 from openshell_supervisor.verdict.facts import (
     Facts,
     Request,
@@ -149,6 +152,29 @@ def facts_of(raw: dict[str, Any]) -> Facts:
     return Facts(host, raw["port"], raw.get("binary", ""), tuple(raw.get("ancestors", ())), request=asked)
 
 
+def with_body(facts: Facts, generation: Generation, raw: dict[str, Any]) -> Facts:
+    """The facts with the request's body read as its endpoint says; what is refused there is asked about unread."""
+    request = facts.request
+    if request is None or not request.path.startswith("/"):
+        return facts
+    item = decide(replace(facts, request=None), generation).reads(request.path)
+    if item is None:
+        return facts
+    asked = raw["request"]
+    headers = [(str(name).lower(), str(value)) for name, value in asked.get("headers", {}).items()]
+    try:
+        body = asked.get("body", "").encode("utf-8", "surrogatepass")
+        if asked.get("message") and item.endpoint.protocol == "websocket":
+            read = read_message(request, item.endpoint, body)
+        else:
+            read = read_body(request, item.endpoint, headers, body)
+    except BodyError as error:
+        if not error.message or not error.reason_id:
+            raise Finding("a body is refused without a reason") from error
+        return facts
+    return replace(facts, request=read)
+
+
 def examine(entry: Entry) -> tuple[int, float]:
     """Load, send, decide. Gives the number of decisions and the longest one in seconds. Raises `Finding`, or what crashed."""
     try:
@@ -168,16 +194,17 @@ def examine(entry: Entry) -> tuple[int, float]:
     slowest = 0.0
     for raw in entry["facts"]:
         facts = facts_of(raw)
-        slowest = max(slowest, *(_judge(policy, facts, identity) for identity in (False, True)))
+        slowest = max(slowest, *(_judge(policy, facts, identity, raw) for identity in (False, True)))
     return 2 * len(entry["facts"]), slowest
 
 
-def _judge(policy: SandboxPolicy, facts: Facts, identity: bool) -> float:
+def _judge(policy: SandboxPolicy, plain: Facts, identity: bool, raw: dict[str, Any]) -> float:
     generation = build_generation(policy, 1, identity)
     spent = 1.0
     for _ in range(3):
         generation.forget()
         begin = time.thread_time()
+        facts = with_body(plain, generation, raw)
         verdict = decide(facts, generation)
         spent = min(spent, time.thread_time() - begin)
         if spent <= SLOWEST_S:
@@ -310,7 +337,9 @@ def _are_facts(raw: Any) -> bool:
     if request is not None:
         if not isinstance(request, dict):
             return False
-        texts += [request.get("method"), request.get("target")]
+        texts += [request.get("method"), request.get("target"), request.get("body", "")]
+        if not isinstance(request.get("headers", {}), dict):
+            return False
     return all(isinstance(text, str) for text in texts)
 
 

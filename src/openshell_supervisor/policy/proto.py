@@ -19,6 +19,7 @@ from openshell_supervisor.policy.model import (
     Endpoint,
     FilesystemPolicy,
     GraphqlOperation,
+    L7Allow,
     L7Match,
     McpOptions,
     Middleware,
@@ -100,20 +101,26 @@ def _rule(rule: NetworkRule) -> pb.NetworkPolicyRule:
 
 
 def _endpoint(e: Endpoint) -> pb.NetworkEndpoint:
-    # Rules beside a preset are refused by every reader; these are what `normalise` wrote for it.
-    preset = bool(e.access) and e.rules == preset_rules(e.protocol, e.access)
     mcp, binding = e.mcp, e.credential_binding
     return pb.NetworkEndpoint(
         **{name: getattr(e, name) for name in SAME},
         port=e.ports[0] if e.ports else 0,
         ports=e.ports,
-        rules=[] if preset else [pb.L7Rule(allow=pb.L7Allow(**_match(rule))) for rule in e.rules],
+        rules=[] if _written_out(e) else [pb.L7Rule(allow=pb.L7Allow(**_match(rule))) for rule in e.rules],
         deny_rules=[pb.L7DenyRule(**_match(rule)) for rule in e.deny_rules],
         allowed_ips=e.allowed_ips,
         graphql_persisted_queries={key: _operation(entry) for key, entry in e.graphql_persisted_queries},
         mcp=_mcp(mcp) if mcp else None,
         credential_binding=pb.NetworkCredentialBinding(provider=binding.provider) if binding else None,
     )
+
+
+def _written_out(e: Endpoint) -> bool:
+    """True where the rules are what `normalise` wrote for a shorthand; beside the shorthand every reader refuses them."""
+    if e.protocol == "mcp":
+        everything = e.mcp is not None and e.mcp.allow_all_known_mcp_methods and not e.access
+        return bool(everything) and e.rules == (L7Allow(method="*"),)
+    return bool(e.access) and e.rules == preset_rules(e.protocol, e.access)
 
 
 def _mcp(options: McpOptions) -> pb.McpOptions:

@@ -17,7 +17,11 @@ network_policies:
   größe:
     endpoints:
       - {host: api.process.test, port: 443, protocol: rest, enforcement: enforce, access: read-only}
-      - {host: calls.process.test, port: 443, protocol: mcp, enforcement: enforce, rules: [{allow: {method: tools/call, tool: "read_*"}}]}
+      - host: calls.process.test
+        port: 443
+        protocol: mcp
+        enforcement: enforce
+        rules: [{allow: {method: tools/call, tool: "read_*"}}]
     binaries: [{path: "/**"}]
 """
 ASK = ("--host", "api.process.test", "--port", "443", "--path", "/x")

@@ -120,6 +120,17 @@ def test_an_ancestor_allows(open_tmp: pathlib.Path, port: int) -> None:
     assert said(run(f"#cut\n{code}", port, ["/usr/bin/git"], program=above)) == [["403", "binary_not_allowed"]]
 
 
+def test_a_listed_link_stands_for_its_file(open_tmp: pathlib.Path, port: int) -> None:
+    """What runs is the file behind a link (/usr/bin/python3, say): listing the link allows it, another link does not."""
+    program, other = python(open_tmp, "tool-1.2"), python(open_tmp, "other")
+    for name, target in (("tool", program), ("wrong", other)):
+        (open_tmp / name).symlink_to(target)
+    assert said(run("ask(connect())", port, [str(open_tmp / "tool")], program=program)) == [["200", ""]]
+    assert said(run("ask(connect())", port, [str(open_tmp / "wrong")], program=program)) == [
+        ["403", "binary_not_allowed"]
+    ]
+
+
 def test_a_connection_shared_with_a_listed_program_is_refused(open_tmp: pathlib.Path, port: int) -> None:
     """The unlisted program connects and hands the socket to the listed one, keeping it: ambiguous. Alone, each is what it is."""
     listed, other = python(open_tmp, "listed"), python(open_tmp, "other")
@@ -131,6 +142,42 @@ def test_a_connection_shared_with_a_listed_program_is_refused(open_tmp: pathlib.
     assert said(run(code, port, [listed], program=other)) == [["403", "caller_ambiguous"]]
     assert said(run(code, port, [listed, other], program=other)) == [["403", "caller_ambiguous"]]
     assert said(run("ask(connect())", port, [listed, other], program=other)) == [["200", ""]]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        pytest.param(None, "caller_ambiguous", id="root", marks=pytest.mark.root),
+        pytest.param(hosts.unprivileged, "caller_unreadable", id="plain user"),
+    ],
+)
+def test_a_holder_that_hides(open_tmp: pathlib.Path, port: int, wrap: Wrap, reason: str) -> None:
+    """prctl(2), PR_SET_DUMPABLE 0: a program that hides its descriptors and leaves its socket to the listed one is refused. An
+    agent for keys, which hides as well and holds nothing, keeps nobody from anything."""
+    listed, other = python(open_tmp, "listed"), python(open_tmp, "other")
+    hide = "import ctypes\nctypes.CDLL(None).prctl(4, 0, 0, 0, 0)\n"
+    child = "print(1, flush=True)\nimport sys\nsys.stdin.read()\n"
+    pipes = "stdin=subprocess.PIPE, stdout=subprocess.PIPE)\np.stdout.read(1)\n"
+    sharing = f"import subprocess\ns = connect()\ns.set_inheritable(True)\np = subprocess.Popen([{listed!r}, '-c', {child!r}],"
+    sharing += f" close_fds=False, {pipes}{hide}ask(s)\np.kill()\np.wait()\n"
+    assert said(run(sharing, port, [listed], program=other, wrap=wrap)) == [["403", reason]]
+    base = "sys.orig_argv[2].split('#cut')[0] + 'ask(connect())'"
+    agent = f"import subprocess, sys\np = subprocess.Popen([{other!r}, '-c', {hide + child!r}], {pipes}"
+    agent += f"subprocess.run([{listed!r}, '-c', {base}])\np.kill()\np.wait()\n"
+    assert said(run(f"#cut\n{agent}", port, [listed], program=other, wrap=wrap)) == [["200", ""]]
+
+
+@pytest.mark.parametrize(
+    "name", [b"a\xffb", b"a\nb OCSF NET:OPEN", b"a\x1b[2Jb"], ids=["no UTF-8", "line end", "terminal"]
+)
+def test_names_made_to_confuse_the_records(open_tmp: pathlib.Path, port: int, name: bytes) -> None:
+    """A program's path is the workload's text: whatever is in it, the answer is a refusal, each event stays one line, and the
+    supervisor goes on."""
+    program = os.fsdecode(os.fsencode(open_tmp) + b"/" + name)
+    os.rename(python(open_tmp, "odd"), program)
+    ran = run("ask(connect())\nask(connect())\n", port, ["/usr/bin/git"], program=program)
+    assert [status for status, _ in said(ran)] == ["403", "403"]
+    assert ran.code == 0 and len(ran.lines("NET:OPEN")) == 2 and "\x1b" not in ran.err
 
 
 def test_names_that_a_program_gives_itself_count_for_nothing(open_tmp: pathlib.Path, port: int) -> None:

@@ -30,6 +30,8 @@ LOOKUP_THREADS = 2
 # Looks at a connection whose processes change under our hands (a shell that just executes its command, for one).
 ATTEMPTS = 3
 MAX_ANCESTORS = 64  # isolation.md 5.6
+# Processes that share a socket. Each takes a third of a millisecond; a server that forks its workers has some dozens.
+MAX_HOLDERS = 128
 # Of the arguments that are paths; `decide` takes 256 texts, and people read fewer.
 MAX_CMDLINE = 64
 MAX_PATH = 4096  # PATH_MAX, linux/limits.h
@@ -78,17 +80,23 @@ class Identifier:
         if not pids:
             text = f"failed to resolve peer binary: no process holds the socket {inode}"
             raise CallerError("caller_unknown", text, unsettled=True)
-        with ExitStack() as open_ones:
-            callers = []
-            for pid in pids:
-                seen = [*self._line(pid, open_ones)]
-                if not seen[0].process.holds(inode):
-                    raise CallerError("caller_unknown", f"process {pid} gave the socket {inode} away", unsettled=True)
-                callers.append(self._caller(seen))
-                _unchanged(seen)
-            if self._table.inode(peer, local) != inode:
-                raise CallerError("caller_unknown", "the connection has another socket now", unsettled=True)
+        if len(pids) > MAX_HOLDERS:
+            text = f"ambiguous shared socket ownership: inode {inode} is held by {len(pids)} processes"
+            raise CallerError("caller_ambiguous", text)
+        callers = [self._holder(pid, inode) for pid in pids]
+        if self._table.inode(peer, local) != inode:
+            raise CallerError("caller_unknown", "the connection has another socket now", unsettled=True)
         return _agreed(inode, callers)
+
+    def _holder(self, pid: int, inode: int) -> Caller:
+        """One holder and its ancestors, looked at twice; at most `MAX_ANCESTORS` and some descriptors are open at a time."""
+        with ExitStack() as open_ones:
+            seen = [*self._line(pid, open_ones)]
+            if not seen[0].process.holds(inode):
+                raise CallerError("caller_unknown", f"process {pid} gave the socket {inode} away", unsettled=True)
+            caller = self._caller(seen)
+            _unchanged(seen)
+            return caller
 
     def _line(self, pid: int, open_ones: ExitStack) -> Iterator[_Seen]:
         """The holder and its ancestors, up to the workload's first process; ancestors that may not be looked at are left out,

@@ -114,8 +114,10 @@ def _among(descriptors: int, link: str) -> bool:
 class Holders:
     """Finds every process that has a socket open. `root` is the workload's first process, `supervisor` its reaper (ours).
 
-    All processes are looked at, not only the workload's: a socket that somebody else shares is nobody's for certain. Those that
-    may not be looked at are passed over when they are none of the workload's; one of its own makes every answer uncertain.
+    All processes are looked at, not only the workload's: a socket that somebody else shares is nobody's for certain. Of those
+    that may not be looked at (without CAP_SYS_PTRACE every process can close itself: prctl(2), PR_SET_DUMPABLE), the workload's
+    make the answer uncertain when they are above or below a holder, from which the socket is inherited, or when nobody else
+    holds it. Others are passed over: agents for keys always close themselves, and are nobody's parents.
     """
 
     def __init__(self, root: int, supervisor: int) -> None:
@@ -151,8 +153,9 @@ class Holders:
                 os.close(descriptors)
         spared = self._root if spare_root else 0
         hidden = [pid for pid in closed if pid != spared and self._is_of_the_workload(pid)]
-        if hidden:
-            shown = ", ".join(map(str, hidden[:8]))
+        hiding = [pid for pid in hidden if not found or any(_related(pid, holder) for holder in found)]
+        if hiding:
+            shown = ", ".join(map(str, hiding[:8]))
             raise CallerError(
                 "caller_unreadable",
                 f"failed to resolve peer binary: processes [{shown}] of the workload may not be looked at, and may share it",
@@ -183,6 +186,22 @@ class Holders:
             self._foreign.clear()
         self._foreign[pid] = directory
         return False
+
+
+def _related(one: int, other: int) -> bool:
+    """Is one of the two processes an ancestor of the other? Those that are gone have no relations."""
+    return _above(one, other) or _above(other, one)
+
+
+def _above(ancestor: int, pid: int) -> bool:
+    try:
+        while pid > 1:
+            if pid == ancestor:
+                return True
+            pid = _relations(pid)[0]
+    except OSError:
+        pass  # it ended meanwhile
+    return False
 
 
 def _relations(pid: int) -> tuple[int, int]:

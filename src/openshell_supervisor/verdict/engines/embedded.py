@@ -25,9 +25,9 @@ RULES = ("egress_authorization", "request_authorization")
 
 
 class EmbeddedEngine:
-    """One compiled module. Raises `EngineError` from the constructor when the module does not compile."""
+    """One compiled module, and what it sees under `data`. Its constructor raises `EngineError` when it does not compile."""
 
-    def __init__(self, module: str, rules: tuple[str, ...] = RULES) -> None:
+    def __init__(self, module: str, rules: tuple[str, ...] = RULES, data: dict[str, Any] | None = None) -> None:
         import regopy  # heavy (a shared library): only when the first decision is near
 
         self._regopy_error = regopy.RegoError
@@ -35,6 +35,8 @@ class EmbeddedEngine:
         self._interpreter = regopy.Interpreter()
         try:
             self._interpreter.add_module("sandbox.rego", module)
+            if data is not None:
+                self._interpreter.add_data_json(json.dumps(data))
             self._bundle = self._interpreter.build(None, [f"{PACKAGE}/{rule}" for rule in rules])
         except regopy.RegoError as error:
             raise EngineError(f"the rules do not compile: {error}") from error

@@ -120,6 +120,17 @@ def test_the_nearest_rule_of_a_connection(
     assert [item["field"] for item in found["nearest"]["differs"]] == fields
 
 
+def test_the_nearest_host_of_many(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Among 300 hosts the misspelt one is found, wherever it stands."""
+    hosts = [*(f"n{number}.many.test" for number in range(300)), "artifacts.internal.test"]
+    endpoints = ", ".join(f"{{host: {host}, port: 443}}" for host in hosts)
+    text = f"version: 1\nnetwork_policies: {{p: {{endpoints: [{endpoints}], binaries: [{{path: '/**'}}]}}}}\n"
+    (tmp_path / "p.yaml").write_text(text)
+    asked = ("--policy", str(tmp_path / "p.yaml"), "--port", "443", "--host")
+    assert told(capsys, *asked, "artefacts.internal.test")[1]["nearest"]["place"] == "artifacts.internal.test:443"
+    assert told(capsys, *asked, "n299.mani.test")[1]["nearest"]["place"] == "n299.many.test:443"
+
+
 def test_audit_is_not_allowed_and_passes(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """What audit lets through is no for a script (exit code 1) and `audited` for a reader; its neighbour is allowed."""
     code, found = told(capsys, *request(policy, "DELETE", "/", "watched.explain.test"))

@@ -7,6 +7,7 @@ a rule is only named when `decide` allows the question with the differing fields
 from __future__ import annotations
 
 import difflib
+import functools
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ COST = {"host": 12, "port": 4, "binary": 4, "endpoint path": 3, "path": 3, "meth
 """How far apart a field makes two requests: another path on the same host is nearer than the same path on another."""
 SHORTLIST = 32
 """Rules whose texts are compared character by character; comparing is slow, and a policy may have thousands."""
+ENDPOINTS = 64
+"""Endpoints whose rules are compared at all, the nearest to the connection first."""
 TRIED = 8
 """Rules that are tried with `decide` before the search is given up."""
 MAX_LISTED = 4
@@ -94,21 +97,46 @@ def _line(facts: Facts) -> str:
 
 
 def _candidates(facts: Facts, generation: Generation) -> Iterator[_Candidate]:
+    """The rules of the endpoints that are nearest to the connection."""
+    kin = functools.cache(functools.partial(_kinship, facts.host))
+    places = heapq.nsmallest(
+        ENDPOINTS, _places(facts, generation), key=lambda place: (place.cost, -kin(rule_host(place.endpoint.host)))
+    )
+    for place in places:
+        if facts.request is None or not place.endpoint.inspected:
+            yield place
+            continue
+        for number, match in enumerate(place.endpoint.rules):
+            compared = _request(facts.request, place.endpoint, match)
+            if compared is not None:
+                differs, request = (*place.differs, *compared[0]), compared[1]
+                example = replace(place.example, request=request)
+                yield replace(place, rule=f"{place.rule}.rules[{number}]", differs=differs, example=example)
+
+
+def _places(facts: Facts, generation: Generation) -> Iterator[_Candidate]:
+    """Every endpoint, compared with the connection alone."""
     for key, rule in generation.policy.network_policies.items():
         caller, differs = _caller(facts, rule, generation)
         for index, endpoint in enumerate(rule.endpoints):
             passage = (*differs, *_passage(facts, endpoint))
-            host, port = _passage_example(facts, endpoint)
-            example = replace(facts, host=host, port=port, binary=caller)
-            name = f"endpoints[{index}]"
-            if facts.request is None or not endpoint.inspected:
-                yield _Candidate(key, name, endpoint, passage, example)
-                continue
-            for number, match in enumerate(endpoint.rules):
-                compared = _request(facts.request, endpoint, match)
-                if compared is not None:
-                    asked = replace(example, request=compared[1])
-                    yield _Candidate(key, f"{name}.rules[{number}]", endpoint, (*passage, *compared[0]), asked)
+            example = facts
+            if passage:
+                host, port = _passage_example(facts, endpoint)
+                example = replace(facts, host=host, port=port, binary=caller)
+            yield _Candidate(key, f"endpoints[{index}]", endpoint, passage, example)
+
+
+def _kinship(asked: str, host: str) -> float:
+    """A cheap likeness, from 0 to 1: how much of the two is the same at the front and at the end."""
+    front = _same(asked, host)
+    end = _same(asked[front:][::-1], host[front:][::-1])
+    return (front + end) / max(len(asked), len(host), 1)
+
+
+def _same(one: str, other: str) -> int:
+    """How many characters at the front are equal."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _caller(facts: Facts, rule: NetworkRule, generation: Generation) -> tuple[str, tuple[Difference, ...]]:

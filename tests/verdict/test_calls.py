@@ -78,6 +78,15 @@ def test_every_call_of_a_batch_must_be_allowed() -> None:
         assert ask(policy, batch).reason_id == "rule_not_matched"
 
 
+def test_the_hint_names_the_call_that_was_refused() -> None:
+    """Not the first of the batch, but the first that no rule names."""
+    policy = policy_of(rpc(rules=(L7Allow("tools/call", params=tool("a")),)))
+    batch = [call("tools/call", name="a"), call("tools/call", name="b"), call("ping")]
+    assert '`- allow: {method: tools/call, tool: "b"}`' in ask(policy, batch).hint
+    assert '`- allow: {method: "ping"}`' in ask(policy, call("ping")).hint
+    assert "by POST alone" in ask(policy, batch[0], "PUT").hint
+
+
 def test_a_denied_call_hides_nowhere() -> None:
     """A deny rule fires for any call of a batch, under a profile that allows everything too."""
     policy = policy_of(rpc(mcp=McpOptions(allow_all_known_mcp_methods=True), deny_rules=(L7Deny(params=tool("rm*")),)))
@@ -259,13 +268,17 @@ def test_any_bytes_are_read_or_refused(body: bytes, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"[" * 65_536, b'"' + b"\\" * 65_000, b'{"a":' * 13_000, b'["' * 30_000, b" " * 65_536]
+    "body",
+    [b"[" * 65_536, b'"' + b"\\" * 65_000, b'{"a":' * 13_000, b'["' * 30_000, b" " * 65_536, b'"' + b'\\"' * 32_000],
 )
 def test_hostile_bodies_cost_little(body: bytes) -> None:
     """A body of 64 KiB made to be slow takes under 50 ms (it takes about 2)."""
-    start = time.perf_counter()
-    assert parse_mcp("POST", (), body).error
-    assert time.perf_counter() - start < 0.05
+    best = 1.0
+    for _ in range(3):
+        start = time.perf_counter()
+        assert parse_mcp("POST", (), body).error
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.05
 
 
 def test_a_large_batch_costs_what_its_kinds_do() -> None:

@@ -154,6 +154,12 @@ def test_every_operation_of_a_batch_must_be_allowed() -> None:
     assert ask(VIEWER, [good, {"query": "mutation{viewer}"}]).reason == "GraphQL operation blocked by endpoint policy"
 
 
+def test_the_hint_names_the_operation_that_was_refused() -> None:
+    """Type and fields of the first operation that no rule allows."""
+    verdict = ask(VIEWER, [{"query": "{viewer}"}, {"query": "mutation{b a}"}])
+    assert "`- allow: {operation_type: mutation, fields: [a, b]}`" in verdict.hint
+
+
 def test_persisted_operations() -> None:
     """One that is registered is judged as what it was registered as; beside a document both must be allowed."""
     registry = (

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 
 from openshell_supervisor.policy.lint import HTTP_METHODS
-from openshell_supervisor.policy.model import L7Allow
+from openshell_supervisor.policy.model import Endpoint, L7Allow
 from openshell_supervisor.verdict.bodies.graphql import GraphqlBody
 from openshell_supervisor.verdict.bodies.json_rpc import RpcBody
+from openshell_supervisor.verdict.bodies.rules import call_rules, operation_rules
 from openshell_supervisor.verdict.bodies.websocket import TEXT_METHOD
 from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Request, Verdict
 from openshell_supervisor.verdict.index import Index, domain
@@ -67,35 +68,40 @@ def request_hint(
         return f"{rule} of policy '{selected.policy}' denies it; a deny rule wins over every allow"
     if selected.endpoint.access and selected.endpoint.access not in ("read-only", "read-write", "full"):
         return f"access '{quoted(selected.endpoint.access)}' of {where} is not a preset, so nothing is allowed"
-    return f"{_nearly(request, selected)}to allow it add `- allow: {_rule(request)}` to `rules` of {where}"
+    return f"{_nearly(request, selected)}to allow it add `- allow: {_rule(request, selected.endpoint)}` to `rules` of {where}"
 
 
-def _rule(request: Request) -> str:
-    if isinstance(request.body, RpcBody):
-        return _call_rule(request.body)
-    if request.body is not None and request.body.graphql is not None:
-        return _operation_rule(request.body.graphql)
-    if request.method == TEXT_METHOD:
-        return f'{{method: {TEXT_METHOD}, path: "{quoted(request.path)}"}}'
-    method = request.method.upper() if request.method.upper() in HTTP_METHODS else quoted(request.method)
+def _rule(request: Request, endpoint: Endpoint) -> str:
+    body = request.body
+    if isinstance(body, RpcBody):
+        return _call_rule(body, endpoint)
+    if body is not None and body.graphql is not None:
+        return _operation_rule(body.graphql, endpoint)
+    known = request.method.upper() in (*HTTP_METHODS, TEXT_METHOD)
+    method = request.method.upper() if known else quoted(request.method)
     return f'{{method: {method}, path: "{quoted(request.path)}"}}'
 
 
-def _call_rule(body: RpcBody) -> str:
-    """A rule for the first call; which one of a batch was refused is not said here."""
-    if not body.calls:
-        return "{method: ...}, for POST alone"
-    call = body.calls[0]
+def _call_rule(body: RpcBody, endpoint: Endpoint) -> str:
+    """A rule for the first call that the endpoint's own rules do not allow."""
+    rules = call_rules(endpoint)
+    call = next((call for call in body.calls if rules is None or rules.allow.first(call) is None), None)
+    if call is None:
+        return "{method: ...}; calls are made by POST alone"
     if body.protocol == "mcp" and call.method == "tools/call":
         return f'{{method: tools/call, tool: "{quoted(call.tool)}"}}'
     return f'{{method: "{quoted(call.method)}"}}'
 
 
-def _operation_rule(body: GraphqlBody) -> str:
-    """A rule for the first operation of a document."""
-    operation = next((item for item in body.operations if item.kind), None)
-    if operation is None:
-        return "{operation_type: ...}, for the operation it is registered as"
+def _operation_rule(body: GraphqlBody, endpoint: Endpoint) -> str:
+    """A rule for the first operation that the endpoint's own rules do not allow."""
+    rules = operation_rules(endpoint)
+    found = [item for item in body.operations if rules is None or not rules.allowed(item)]
+    if not found:
+        return "{operation_type: ..., fields: [...]}; another endpoint of this host refuses the operation"
+    operation = found[0]
+    if rules is not None and operation.key in rules.registry:
+        operation = rules.registry[operation.key]
     return f"{{operation_type: {operation.kind}, fields: [{quoted(', '.join(operation.fields))}]}}"
 
 

@@ -198,6 +198,10 @@ class OperationRules:
             known |= {key: min(known[key], entry[key]) for key in entry}
         return [dict(entry) for entry in kinds.values()]
 
+    def allowed(self, operation: GraphqlOperation) -> bool:
+        """True when a rule of this endpoint allows an operation."""
+        return "allow" in self._operation(operation)
+
     def _operation(self, operation: GraphqlOperation) -> dict[str, int]:
         if operation.key:
             if operation.key not in self.registry:

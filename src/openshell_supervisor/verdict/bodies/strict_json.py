@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 MAX_DEPTH = 128
 """Nesting of arrays and objects; serde_json, upstream's reader, stops at 128 too."""
-_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+# The end of a string is optional: one without it runs to the end of the text, or every quote in it would be tried anew.
+_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class JsonError(ValueError):

@@ -86,7 +86,13 @@ def test_an_mcp_call(policy: str) -> None:
             *("--policy", policy, "--host", "calls.process.test", "--port", "443", "--method", "POST", "--path", "/"),
             *("--header", "Content-Type: application/json", "--body", json.dumps(body), "--json"),
         )
-        assert (done.returncode, json.loads(done.stdout)["protocol"]) == (code, "mcp"), done
+        found = json.loads(done.stdout)
+        assert (done.returncode, found["protocol"]) == (code, "mcp"), done
+        if code:
+            assert found["nearest"]["differs"] == [
+                {"field": "call", "asked": "tools/call of write_file", "allowed": "tools/call of read_*"}
+            ]
+            assert found["nearest"]["would_allow"].startswith("tools/call of read_")
 
 
 def test_a_reader_that_leaves_early(policy: str) -> None:

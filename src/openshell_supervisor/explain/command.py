@@ -172,6 +172,8 @@ def _notes(options: argparse.Namespace, answer: Answer, generation: Generation) 
         notes.append("the supervisor does not enforce binaries yet: any program gets what some program gets here")
     if options.binary is None and listed:
         notes.append("the policy's binaries were not looked at; --binary names the calling program")
+    if answer.reason_id == "binary_not_allowed":
+        notes.append("a listed path that is a link stands for its target, too, in the sandbox; here none is followed")
     if answer.protocol not in BUILT_PROTOCOLS:
         notes.append(f"the proxy does not read {answer.protocol} yet: it denies every request to this endpoint")
     return tuple(notes)

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 from openshell_supervisor.policy.globs import HOST, PATH, VALUE, GlobError, glob_match, path_selected
 from openshell_supervisor.policy.model import Endpoint, L7Allow, NetworkRule
+from openshell_supervisor.verdict.bodies.json_rpc import RpcBody, RpcCall
 from openshell_supervisor.verdict.decide import Generation, decide
 from openshell_supervisor.verdict.facts import Facts, Request, Verdict
 from openshell_supervisor.verdict.index import ascii_upper, rule_host
 from openshell_supervisor.verdict.reasons import quoted
 
-COST = {"host": 12, "port": 4, "binary": 4, "endpoint path": 3, "path": 3, "method": 2, "query": 1}
+COST = {"host": 12, "port": 4, "binary": 4, "endpoint path": 3, "path": 3, "method": 2, "query": 1, "call": 2}
 """How far apart a field makes two requests: another path on the same host is nearer than the same path on another."""
 SHORTLIST = 32
 """Rules whose texts are compared character by character; comparing is slow, and a policy may have thousands."""
@@ -180,7 +181,9 @@ def _host_matches(endpoint: Endpoint, host: str) -> bool:
 
 def _request(request: Request, endpoint: Endpoint, match: L7Allow) -> tuple[list[Difference], Request] | None:
     """In what the request is not this rule's, and one that is; None where the rule is not about method and path."""
-    if not match.method or not match.path or endpoint.protocol.lower() in ("json-rpc", "mcp"):
+    if endpoint.protocol.lower() in ("json-rpc", "mcp"):
+        return _call(request, endpoint, match)
+    if not match.method or not match.path:
         return None
     differs: list[Difference] = []
     method, path, query = request.method, request.path, request.query
@@ -203,6 +206,28 @@ def _request(request: Request, endpoint: Endpoint, match: L7Allow) -> tuple[list
             example = next((found for glob in matcher.globs if (found := _example(glob, VALUE)) is not None), "")
             query = (*(pair for pair in query if pair[0] != key), (key, example))
     return differs, replace(request, method=method, path=path, query=query)
+
+
+def _call(request: Request, endpoint: Endpoint, match: L7Allow) -> tuple[list[Difference], Request] | None:
+    """The same for a single JSON-RPC or MCP call; a batch, an answer and what could not be read are no rule's."""
+    body = request.body
+    if not isinstance(body, RpcBody) or len(body.calls) != 1 or body.error or not match.method:
+        return None
+    call, tools = body.calls[0], next((matcher.globs for key, matcher in match.params if key == "name"), ())
+    allowed = f"{match.method}{f' of {" or ".join(tools)}' if tools else ''}"
+    asked = f"{call.method}{f' of {call.tool}' if call.tool else ''}"
+    method = call.method if _globs(match.method, VALUE, call.method) else _example(match.method, VALUE)
+    examples = (_example(tool, VALUE) for tool in tools)
+    fits = any(_globs(tool, VALUE, call.tool) for tool in tools)
+    tool = call.tool if fits or not tools else next((found for found in examples if found is not None), None)
+    if method is None or tool is None:
+        return None
+    differs = [] if (method, tool) == (call.method, call.tool) else [Difference("call", quoted(asked), quoted(allowed))]
+    if not _selected(endpoint, request.path):
+        differs.append(Difference("endpoint path", quoted(request.path), quoted(endpoint.path)))
+    path = request.path if _selected(endpoint, request.path) else _example_path(endpoint, L7Allow(path="**"))
+    example = replace(body, calls=(RpcCall(method, tool if method == "tools/call" else ""),))
+    return differs, replace(request, path=path or request.path, body=example)
 
 
 def _path_matches(pattern: str, path: str) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from openshell_supervisor.explain.jsonl import shown
 from openshell_supervisor.explain.nearest import Difference, Nearest, nearest
 from openshell_supervisor.explain.question import ALLOWED, AUDITED, REJECTED, Answer, Question
+from openshell_supervisor.verdict.bodies.json_rpc import RpcBody
 from openshell_supervisor.verdict.decide import Generation
 from openshell_supervisor.verdict.facts import Facts
 from openshell_supervisor.verdict.reasons import printable
@@ -124,7 +125,10 @@ def _facts_line(facts: Facts) -> str:
     request, query = "", ""
     if facts.request is not None:
         query = "&".join(f"{key}={value}" for key, value in facts.request.query)
+        calls = facts.request.body.calls if isinstance(facts.request.body, RpcBody) else ()
+        named = ", ".join(f"{call.method}{f' of {call.tool}' if call.tool else ''}" for call in calls)
         request = f"{facts.request.method} {facts.request.path}{f'?{query}' if query else ''} on "
+        request = f"{named} by {request}" if named else request
     binary = f" by {facts.binary}" if facts.binary else ""
     return f"{request}{facts.host}:{facts.port}{binary}"
 

@@ -131,9 +131,10 @@ class Holders:
         `spare_root`: the first process is still our own launcher, which closes itself to everybody.
         """
         link = f"socket:[{inode}]"
+        own = str(self._supervisor)
         found, closed = [], []
         for name in os.listdir("/proc"):
-            if not name.isdigit() or int(name) == self._supervisor:
+            if not name.isdigit() or name == own:
                 continue
             try:
                 descriptors = os.open(f"/proc/{name}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -33,6 +33,8 @@ class EmbeddedEngine:
         self._regopy_error = regopy.RegoError
         self._lock = threading.Lock()
         self._interpreter = regopy.Interpreter()
+        self._interpreter.log_level = regopy.LogLevel.NONE  # it writes to our standard output, which is the workload's
+        self._rules = frozenset(rules)
         try:
             self._interpreter.add_module("sandbox.rego", module)
             if data is not None:
@@ -45,6 +47,8 @@ class EmbeddedEngine:
 
     def ask(self, rule: str, document: str) -> Any:
         """The value of `rule` for the input `document`. Raises `EngineError`, also when the rule is undefined."""
+        if rule not in self._rules:
+            raise EngineError(f"{rule} is undefined")
         try:
             with self._lock:
                 self._interpreter.set_input_term(document)

@@ -232,3 +232,14 @@ def test_what_the_embedded_engine_may_misjudge_is_refused_there() -> None:
         == tricky.splitlines().index("\tsame(policy.binaries[i], {1: input.exec.path}[1])") + 1
     )
     custom.refuse_unsure(custom.checked_module(MODULE, "own.rego"), "own.rego")
+
+
+@pytest.mark.parametrize("pattern", ["/a/**/b", "/a**", "**/b", "/[", "/a\\\\b"])
+def test_a_pattern_that_would_be_read_otherwise_is_refused(pattern: str) -> None:
+    """The evaluator's globs are not upstream's: where they differ the policy is refused, and its plain neighbour is not."""
+    text = POLICY.replace("access: read-only}", 'access: read-only, deny_rules: [{method: GET, path: "PATTERN"}]}')
+    with pytest.raises(PolicyError) as caught:
+        custom.refuse_patterns(parse(text.replace("PATTERN", pattern), "test").policy, "own.yaml")
+    assert caught.value.problems[0].path == "network_policies.own.endpoints[0]"
+    for plain in ("/a/**", "/a/*", "**", "/a*b"):
+        custom.refuse_patterns(parse(text.replace("PATTERN", plain), "test").policy, "own.yaml")

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from openshell_supervisor.errors import PolicyError, Problem
+from openshell_supervisor.policy.globs import HOST, PATH, VALUE, glob_problem
 from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.verdict.bodies.graphql import GraphqlBody
 from openshell_supervisor.verdict.bodies.json_rpc import RpcBody, RpcCall
@@ -31,6 +32,7 @@ Json = dict[str, Any]
 REQUIRED = ("egress_authorization", "allow_request")
 OPTIONAL = ("request_deny_reason",)
 _PACKAGE = "package openshell.sandbox"
+_INNER_STARS = re.compile(r"\*\*.|[^/]\*\*")  # `**` that is not the whole last segment
 _HINT = "the rules of --policy-rules decide here; see the data document and the input in the policy reference"
 
 
@@ -80,6 +82,41 @@ def refuse_unsure(module: str, source: str) -> None:
     problems = tuple(Problem("rules_unsure", text, line=line, column=1, hint=hint) for line in unsure(module))
     if problems:
         raise PolicyError(problems, source=source)
+
+
+def refuse_patterns(policy: SandboxPolicy, source: str) -> None:
+    """Raise `PolicyError` for patterns that the evaluator's own `glob.match` reads otherwise than upstream's, or not at all.
+
+    There, what is no glob matches nothing (a deny rule would be off), `/**/` wants a segment, `a**` crosses a slash, and in
+    rego-cpp a backslash is no escape.
+    """
+    hint = "write it with `*` within a segment and `**` as the whole last one"
+    problems = tuple(
+        Problem("rules_pattern", f"rules of your own would read the pattern {pattern!r} otherwise", place, hint=hint)
+        for place, pattern, delimiters in _patterns(policy)
+        if "\\" in pattern or glob_problem(pattern, delimiters) or ("/" in delimiters and _INNER_STARS.search(pattern))
+    )
+    if problems:
+        raise PolicyError(problems, source=source)
+
+
+def _patterns(policy: SandboxPolicy) -> Iterable[tuple[str, str, tuple[str, ...]]]:
+    """Every pattern with its place and delimiters. What holds no `*` is no pattern for hosts and binaries."""
+    for key, rule in policy.network_policies.items():
+        place = f"network_policies.{key}"
+        yield from ((f"{place}.binaries", binary.path, PATH) for binary in rule.binaries if "*" in binary.path)
+        for index, endpoint in enumerate(rule.endpoints):
+            here = f"{place}.endpoints[{index}]"
+            if "*" in endpoint.host:
+                yield here, endpoint.host, HOST
+            for match in (*endpoint.rules, *endpoint.deny_rules):
+                if match.path:
+                    yield here, match.path, PATH
+                values = [glob for _, matcher in (*match.query, *match.params) for glob in matcher.globs]
+                for glob in (*values, *match.fields, *filter(None, [match.operation_name])):
+                    yield here, glob, VALUE
+            if endpoint.path:
+                yield here, endpoint.path, PATH
 
 
 def pushed_rules(module: str, data: Json) -> Rules:

@@ -67,6 +67,7 @@ async def prepared(
     if policy.landlock is not None and policy.landlock.hard_requirement:
         believe(settings, Layer.FILESYSTEM, "the policy (landlock.compatibility: hard_requirement)")
     identity = identities.resolve(_identity_inputs(settings, policy))
+    identities.must_be_possible(identity)
     if identity.note:
         telemetry.config("validated", f"Workload identity: {identity.note}", uid=identity.uid, gid=identity.gid)
     _check_pid_limit(settings)

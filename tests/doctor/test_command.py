@@ -92,7 +92,7 @@ def test_a_policy_says_which_layers_it_asks_for(open_tmp: pathlib.Path) -> None:
 
 
 def test_a_policy_that_cannot_be_used_is_a_failed_check(open_tmp: pathlib.Path) -> None:
-    """The doctor still looks at the host; no start is rehearsed, and no demand is met."""
+    """The doctor still looks at the host; no start is rehearsed, none would succeed, and no demand is met."""
     broken = open_tmp / "broken.yaml"
     broken.write_text("version: 1\nnetwork_policies: [1]\n")
     answer = asking.ask("--policy", str(broken))
@@ -100,7 +100,7 @@ def test_a_policy_that_cannot_be_used_is_a_failed_check(open_tmp: pathlib.Path) 
     assert "check" in answer.check("policy.file")["hint"]
     assert answer.body["rungs"] == []
     assert answer.check("kernel.release")["state"] == "info"
-    assert answer.code == 0
+    assert answer.code == 1
     assert asking.ask("--policy", str(broken), "--require", "network").code == 1
 
 

@@ -79,6 +79,17 @@ def resolve(inputs: IdentityInputs) -> Identity:
     return _within_reach(_of_policy(inputs))
 
 
+def must_be_possible(identity: Identity) -> None:
+    """Raise `ConfineError` for an identity that this process cannot take: said before anything is built."""
+    obstacle = _cannot_become(identity.uid) if identity.uid != os.geteuid() else ""
+    if obstacle:
+        raise refusal(
+            f"the workload is to be uid {identity.uid}, and {obstacle}",
+            "start as root with CAP_SETUID and CAP_SETGID, or name no user (`process` in the policy): the workload is then who "
+            "the supervisor is",
+        )
+
+
 def _is_utf8(text: str) -> bool:
     try:
         text.encode()

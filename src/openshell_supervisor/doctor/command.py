@@ -69,7 +69,7 @@ def doctor(arguments: Sequence[str]) -> int:
     auto = outcome.choose(settings, rungs, "auto")
     report = Report(tuple(found), rungs, auto, mode, demand, time.monotonic() - began)
     _print(report, as_json=as_json)
-    return 0 if demand.met else 1
+    return 0 if demand.met and mode.statement is not None else 1
 
 
 def _options(arguments: Sequence[str]) -> tuple[list[str] | None, bool]:

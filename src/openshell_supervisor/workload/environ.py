@@ -128,8 +128,9 @@ def workload_environment(
     trust: Trust | None,
 ) -> dict[str, str]:
     """The complete block for execve(2). `user_variables` are those the user set through the driver, which puts them into our own
-    block as well; they count against the session's defaults, but never against the proxy's and the trust's."""
-    block = {name: value for name, value in {**inherited, **user_variables}.items() if name not in WITHHELD}
+    block as well: what is inherited under these names counts against the session's defaults, but never against the proxy's
+    and the trust's."""
+    block = {name: value for name, value in inherited.items() if name not in WITHHELD}
     block["OPENSHELL_SANDBOX"] = "1"
     defaults = {
         "HOME": session.home,

@@ -11,6 +11,7 @@ import errno
 import os
 import resource
 import signal
+import stat
 
 from openshell_supervisor.confine.launcher import mounts, privileges, terminals
 from openshell_supervisor.confine.launcher.kernel import (
@@ -47,6 +48,7 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
     private, passed = terminals.take(request.get("terminals"), descriptors)
     with step("chdir"):
         mounts.stand_anew(request["cwd"], bool(request["read_only"] or private is not None))
+    hand_over_pipes(identity)
     able = privileges.holds_setpcap()
     privileges.take_identity(identity)
     bounded = privileges.drop_capabilities()
@@ -79,6 +81,17 @@ def confine(request: Request, descriptors: list[int]) -> Answer:
         "filters": filters,
         "filters_added": None if before is None or held is None else held - before,
     }, passed
+
+
+def hand_over_pipes(identity: Request) -> None:
+    """Pipes among the descriptors 0-2 become the workload's, as container runtimes do: a script's `>/dev/stderr` opens them anew,
+    with the rights of its user. Files and terminals stay whose they are."""
+    for number in range(3):
+        try:
+            if stat.S_ISFIFO(os.fstat(number).st_mode):
+                os.fchown(number, identity["uid"], -1)
+        except OSError:
+            pass  # closed, or not ours to give: then the workload's user is ours as well, or the names stay closed
 
 
 def limit_resources(request: Request) -> None:

@@ -64,6 +64,7 @@ async def prepared(
     if settings.status_file is not None:
         report.forget_status(settings.status_file)
     policy = _load_policy(settings, telemetry)
+    own_rules = _load_rules(settings, policy)
     if policy.landlock is not None and policy.landlock.hard_requirement:
         believe(settings, Layer.FILESYSTEM, "the policy (landlock.compatibility: hard_requirement)")
     identity = identities.resolve(_identity_inputs(settings, policy))
@@ -102,6 +103,7 @@ async def prepared(
             launchers,
             limit,
             memory_closed=closed,
+            own_rules=own_rules,
         )
         try:
             yield sandbox
@@ -182,6 +184,20 @@ def _load_policy(settings: Settings, telemetry: Telemetry) -> SandboxPolicy:
             unmapped={"warning": problem.code},
         )
     return loaded.policy
+
+
+def _load_rules(settings: Settings, policy: SandboxPolicy) -> str:
+    """The operator's own module, checked, or an empty string. Raises `PolicyError` with the place of what is wrong, also for
+    patterns of the policy that such rules would read otherwise."""
+    if settings.policy_rules is None:
+        return ""
+    from openshell_supervisor.verdict.custom import checked_module, refuse_patterns, refuse_unsure
+
+    source = str(settings.policy_rules)
+    module = checked_module(settings.policy_rules.read_text("utf-8", "replace"), source)
+    refuse_unsure(module, source)
+    refuse_patterns(policy, str(settings.policy))
+    return module
 
 
 def _identity_inputs(settings: Settings, policy: SandboxPolicy) -> identities.IdentityInputs:

@@ -49,6 +49,7 @@ class Sandbox:
     generation_number: int = 1
     identity_known: bool = True
     engine: Engine | None = None
+    own_rules: str = ""
     links: Links = field(default_factory=Links)
     _generation: Generation | None = None
 
@@ -60,7 +61,9 @@ class Sandbox:
 
             required = self.identity_known and not self.settings.relaxed_identity
             policy = self.links.follow(self.policy) if required else self.policy
-            self._generation = build_generation(policy, self.generation_number, required, self.engine)
+            engine = _own_engine(self.own_rules, policy, required) if self.own_rules else self.engine
+            number, own = self.generation_number, bool(self.own_rules)
+            self._generation = build_generation(policy, number, required, engine, own_rules=own)
         return self._generation
 
     def callers_known(self, known: bool) -> None:
@@ -77,6 +80,15 @@ def start_launcher(reaper: Reaper, terminal: Terminal | None = None) -> Child:
     """Start a launcher, on the terminal's slave where there is one. Raises `LaunchError`."""
     stdio = {0: terminal.slave, 1: terminal.slave, 2: terminal.slave} if terminal is not None else None
     return Child.start(reaper, Path(launcher.ENTRY), stdio)
+
+
+def _own_engine(module: str, policy: SandboxPolicy, required: bool) -> Engine:
+    """The embedded engine with the operator's module and `policy` as its data. Raises `EngineError`."""
+    from openshell_supervisor.policy.normalise import normalise
+    from openshell_supervisor.verdict.custom import embedded_engine
+    from openshell_supervisor.verdict.data_document import data_document
+
+    return embedded_engine(module, data_document(normalise(policy), required))
 
 
 @contextlib.asynccontextmanager

@@ -71,6 +71,7 @@ class Settings:
     external: frozenset[Layer] = frozenset()
     external_unsure: frozenset[Layer] = frozenset()
     netlink: Netlink | None = None
+    policy_rules: Path | None = None
     opa_url: str = ""
     opa_token_file: Path | None = None
     opa_ca: Path | None = None
@@ -107,6 +108,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_policy_options(top: argparse.ArgumentParser) -> None:
     top.add_argument("--policy", metavar="FILE", help="policy in YAML (OPENSHELL_POLICY)")
+    top.add_argument("--policy-rules", metavar="FILE", help="decide by this Rego module (OPENSHELL_POLICY_RULES)")
+    top.add_argument(
+        "--policy-data", metavar="FILE", help="the policy that it decides by, in YAML (OPENSHELL_POLICY_DATA)"
+    )
     top.add_argument(
         "--opa-url",
         metavar="URL",
@@ -173,6 +178,13 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     said = _declared(values.declare_external, "--declare-external")
     variable = _declared(environment.get("OPENSHELL_DECLARE_EXTERNAL"), "OPENSHELL_DECLARE_EXTERNAL")
     policy = named.existing_file(values.policy or environment.get("OPENSHELL_POLICY"), "--policy")
+    own_rules, data = _own_rules(values, environment)
+    if own_rules is not None and (policy is not None or values.opa_url or environment.get("OPENSHELL_OPA_URL")):
+        other = "--policy" if policy is not None else "--opa-url"
+        raise _fail(
+            "contradiction", f"--policy-rules excludes {other}", "the rules decide by --policy-data, in the supervisor"
+        )
+    policy = policy or data
     _check_gateway(values, environment, policy)
     settings = Settings(
         command=command,
@@ -198,6 +210,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         **_variables_alone(environment),
         external=said | variable,
         external_unsure=variable - said,
+        policy_rules=own_rules,
         opa_url=values.opa_url or environment.get("OPENSHELL_OPA_URL", ""),
         opa_token_file=named.existing_file(
             values.opa_token_file or environment.get("OPENSHELL_OPA_TOKEN_FILE"), "--opa-token-file"
@@ -236,6 +249,17 @@ def _variables_alone(environment: Mapping[str, str]) -> dict[str, Any]:
         "best_effort": "OPENSHELL_BEST_EFFORT_FAILURES" in environment,  # presence, the empty string too (S2-01)
         "netlink": _netlink(environment.get("OPENSHELL_ALLOW_NETLINK_ENUMERATE", "")),
     }
+
+
+def _own_rules(values: argparse.Namespace, environment: Mapping[str, str]) -> tuple[Path | None, Path | None]:
+    """The module and the policy that it decides by: both or neither (contract 1.2)."""
+    rules = named.existing_file(values.policy_rules or environment.get("OPENSHELL_POLICY_RULES"), "--policy-rules")
+    data = named.existing_file(values.policy_data or environment.get("OPENSHELL_POLICY_DATA"), "--policy-data")
+    if (rules is None) != (data is None):
+        raise _fail(
+            "contradiction", "--policy-rules and --policy-data are given together or not at all", "give both files"
+        )
+    return rules, data
 
 
 def status_file_of(arguments: Sequence[str], environment: Mapping[str, str]) -> Path | None:

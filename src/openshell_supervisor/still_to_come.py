@@ -6,8 +6,6 @@ Entries leave this file when their part is built. Nothing is ignored in silence;
 from __future__ import annotations
 
 STILL_TO_COME_FLAGS = {
-    "--policy-rules": "custom Rego rules are not built yet; use --policy",
-    "--policy-data": "custom Rego rules are not built yet; use --policy",
     "--inference-routes": "inference routing is not built yet",
     "--upstream-proxy": "the corporate upstream proxy is not built yet",
     "--upstream-no-proxy": "the corporate upstream proxy is not built yet",
@@ -19,8 +17,6 @@ STILL_TO_COME_SWITCHES = {
     "--upstream-proxy-connect-by-hostname": "the corporate upstream proxy is not built yet",
 }
 STILL_TO_COME_VARIABLES = {
-    "OPENSHELL_POLICY_RULES": "custom Rego rules are not built yet; use OPENSHELL_POLICY",
-    "OPENSHELL_POLICY_DATA": "custom Rego rules are not built yet; use OPENSHELL_POLICY",
     "OPENSHELL_INFERENCE_ROUTES": "inference routing is not built yet",
     "OPENSHELL_SSH_SOCKET_PATH": "the SSH server is not built yet",
     "OPENSHELL_MODE": "the proxy and nested roles are not built yet",

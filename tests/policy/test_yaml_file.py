@@ -265,6 +265,7 @@ def test_words_that_older_yaml_took_for_booleans_are_text() -> None:
         ),
         ("protocol: GRAPHQL\nenforcement: enforce\naccess: full", "protocol_case", "protocol: graphql"),
         ("protocol: WebSocket\nenforcement: enforce\naccess: full", "protocol_case", "protocol: websocket"),
+        ("protocol: mcp\nenforcement: enforce\nrules: [{allow: {tool: read}}]", "rule_inert", "method: tools/call"),
         ("tls: off", "tls_unknown", "tls: skip"),
         ("tls: passthrough", "tls_deprecated", "tls: skip"),
         ("tls: skip\nprotocol: rest\nenforcement: enforce\naccess: full", "tls_skip_l7", "remove"),

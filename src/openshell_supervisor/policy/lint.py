@@ -264,6 +264,10 @@ def _allowed_ip_warnings(entry: str, where: str) -> Iterator[Problem]:
 def _match_warnings(e: Endpoint, rule: L7Match, path: str, kind: str) -> Iterator[Problem]:
     protocol = e.protocol.lower()
     if protocol in ("json-rpc", "mcp"):
+        if not rule.method and not (e.mcp and e.mcp.allow_all_known_mcp_methods):
+            text = f"the {kind} has no method and {'denies' if kind == 'deny rule' else 'allows'} nothing"
+            add = "tools/call" if rule.params else '"*"'
+            yield Problem("rule_inert", text, path, hint=f"add `method: {add}`")
         return
     graphql = bool(rule.operation_type or rule.operation_name or rule.fields)
     if protocol in ("rest", "sql") and graphql:

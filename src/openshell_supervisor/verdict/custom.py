@@ -22,8 +22,7 @@ from openshell_supervisor.verdict.bodies.json_rpc import RpcBody, RpcCall
 from openshell_supervisor.verdict.bodies.websocket import WebSocketPart
 from openshell_supervisor.verdict.engines.dialect import adapted, rule_names, unsure
 from openshell_supervisor.verdict.engines.embedded import PACKAGE, EmbeddedEngine
-from openshell_supervisor.verdict.engines.opa_server import Rules
-from openshell_supervisor.verdict.engines.protocol import EngineError, EngineUnavailable
+from openshell_supervisor.verdict.engines.protocol import EngineError, EngineUnavailable, Rules
 from openshell_supervisor.verdict.facts import Facts, MatchedEndpoint, Request, Verdict
 from openshell_supervisor.verdict.reasons import allowed_reason, printable, request_reason
 

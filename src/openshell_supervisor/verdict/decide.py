@@ -12,6 +12,7 @@ from typing import Any
 
 from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.policy.normalise import normalise
+from openshell_supervisor.verdict import custom
 from openshell_supervisor.verdict.cache import Lru
 from openshell_supervisor.verdict.document import document
 from openshell_supervisor.verdict.engines.embedded import shared_engine
@@ -51,12 +52,19 @@ class Generation:
     """One policy, ready to be asked. Immutable but for its memory of verdicts; replaced whole when the policy changes."""
 
     def __init__(
-        self, policy: SandboxPolicy, number: int, require_binary_identity: bool = False, engine: Engine | None = None
+        self,
+        policy: SandboxPolicy,
+        number: int,
+        require_binary_identity: bool = False,
+        engine: Engine | None = None,
+        *,
+        own_rules: bool = False,
     ) -> None:
         self.number = number
         self.policy = normalise(policy)
         self.require_binary_identity = require_binary_identity
         self.index = Index(self.policy)
+        self.own_rules = own_rules
         self._engine = engine
         self._afar = engine if isinstance(engine, PreparedEngine) else None
         self.memory: Lru[Facts, Verdict] = Lru(VERDICTS_KEPT)
@@ -104,15 +112,23 @@ class Generation:
 
         Raises `EngineError` when the engine cannot be had; every decision would then be a denial.
         """
-        if self._afar is None:
+        if self._afar is None and not self.own_rules:
             self.engine.ask("egress_authorization", document(Facts("warm.invalid", 1), [], {}, False))
 
 
 def build_generation(
-    policy: SandboxPolicy, number: int, require_binary_identity: bool = False, engine: Engine | None = None
+    policy: SandboxPolicy,
+    number: int,
+    require_binary_identity: bool = False,
+    engine: Engine | None = None,
+    *,
+    own_rules: bool = False,
 ) -> Generation:
-    """A generation for `policy`. Cheap: nothing heavy is imported before the first decision or `Generation.warm`."""
-    return Generation(policy, number, require_binary_identity, engine)
+    """A generation for `policy`. Cheap: nothing heavy is imported before the first decision or `Generation.warm`.
+
+    With `own_rules` the engine holds a module of the operator's and its data (`custom.embedded_engine`), not the shipped rules.
+    """
+    return Generation(policy, number, require_binary_identity, engine, own_rules=own_rules)
 
 
 def decide(facts: Facts, generation: Generation) -> Verdict:
@@ -159,6 +175,8 @@ def _asked(facts: Facts, generation: Generation, candidates: list[CompiledEndpoi
     connection = replace(facts, request=None) if facts.request is not None else facts
     verdict = generation.memory.get(connection) if facts.request is not None and not whole else None
     try:
+        if generation.own_rules:
+            return custom.decided(facts, generation.policy, generation.number, generation.engine)
         if verdict is None:
             verdict = _connection(connection, generation, candidates)
             if facts.request is not None and not whole and verdict.reason_id not in FLEETING:
@@ -251,7 +269,7 @@ def _unavailable(why: str, generation: Generation) -> Verdict:
 def _canonical(facts: Facts, generation: Generation) -> Facts:
     """The facts as far as they can matter: two that differ only in what no rule looks at are one question."""
     request = facts.request
-    if request is not None and request.query and not generation.index.uses_query:
+    if request is not None and request.query and not generation.index.uses_query and not generation.own_rules:
         request = replace(request, query=())
     host = ascii_lower(facts.host)
     if generation.require_binary_identity:

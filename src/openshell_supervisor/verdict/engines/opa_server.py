@@ -13,13 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from openshell_supervisor.verdict.cache import Lru
 from openshell_supervisor.verdict.engines.embedded import PACKAGE, shipped_rules
-from openshell_supervisor.verdict.engines.protocol import EngineError, EngineUnavailable
+from openshell_supervisor.verdict.engines.protocol import EngineError, EngineUnavailable, Rules
 
 if TYPE_CHECKING:
     from openshell_supervisor.verdict.engines.opa_client import OpaAddress, OpaClient
@@ -37,17 +36,6 @@ PREPARED = 1024
 
 _OUTAGE_STATUS = frozenset({401, 403, 404, 407, 429, 502, 503, 504})
 """Answers that say nothing about the question: the token, a wrong path or something in between refused it (RFC 9110)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What is pushed: a module, the package it is in (with slashes), its name in the server, and documents by key."""
-
-    module: str
-    package: str
-    name: str
-    data: Mapping[str, object] = field(default_factory=dict)
-    probe: tuple[str, str] = ("egress_authorization", '{"runtime":{"require_binary_identity":false}}')
 
 
 def shipped(module: str | None = None) -> Rules:

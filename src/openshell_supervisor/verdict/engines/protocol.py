@@ -6,7 +6,8 @@ asked is fetched beforehand, and the synchronous question finds the answer or fa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -42,3 +43,14 @@ class PreparedEngine(Protocol):
     def ask(self, rule: str, document: str) -> Any:
         """The prepared value. Raises `EngineUnavailable` where there is none, `EngineError` where there cannot be one."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is pushed: a module, the package it is in (with slashes), its name in the server, and documents by key."""
+
+    module: str
+    package: str
+    name: str
+    data: Mapping[str, object] = field(default_factory=dict)
+    probe: tuple[str, str] = ("egress_authorization", '{"runtime":{"require_binary_identity":false}}')

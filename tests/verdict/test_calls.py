@@ -272,12 +272,12 @@ def test_any_bytes_are_read_or_refused(body: bytes, method: str) -> None:
     [b"[" * 65_536, b'"' + b"\\" * 65_000, b'{"a":' * 13_000, b'["' * 30_000, b" " * 65_536, b'"' + b'\\"' * 32_000],
 )
 def test_hostile_bodies_cost_little(body: bytes) -> None:
-    """A body of 64 KiB made to be slow takes under 50 ms (it takes about 2)."""
+    """A body of 64 KiB made to be slow takes under 50 ms of processor time (it takes about 2)."""
     best = 1.0
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(5):
+        start = time.thread_time()
         assert parse_mcp("POST", (), body).error
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     assert best < 0.05
 
 
@@ -289,6 +289,6 @@ def test_a_large_batch_costs_what_its_kinds_do() -> None:
     for policy in (one, many):
         generation = build_generation(policy, 1)
         decide(Facts(HOST, 443), generation)
-        start = time.perf_counter()
+        start = time.thread_time()
         assert decide(Facts(HOST, 443, request=Request("POST", "/", body=body)), generation).allow
-        assert time.perf_counter() - start < 0.1
+        assert time.thread_time() - start < 0.1

@@ -67,6 +67,7 @@ def test_what_a_document_asks_of_the_root(text: str, fields: str) -> None:
         '"about" query Q {a}',
         "query ($x) {a}",
         "query () {a}",
+        "query ($x: T = [$y]) {a}",
         "query Q Q {a}",
         "fragment on on Q {a}",
         "fragment F {a}",
@@ -168,11 +169,11 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     ids=range(12),
 )
 def test_hostile_documents_cost_little(text: str) -> None:
-    """A document of 64 KiB made to be slow is read or refused in 50 ms (20,000 tokens take about 25), so time is linear."""
+    """A document of 64 KiB made to be slow is read or refused in 50 ms of processor time; 20,000 tokens take about 20."""
     body = json.dumps({"query": text}).encode()
     best = 1.0
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(5):
+        start = time.thread_time()
         parse_graphql("POST", (), (), body, 1 << 20)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     assert best < 0.05

@@ -7,14 +7,17 @@ or what is done with the verdict.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from openshell_supervisor.policy.globs import path_selected, path_specificity
 from openshell_supervisor.policy.model import Endpoint
-from openshell_supervisor.verdict.bodies.graphql import GraphqlBody
-from openshell_supervisor.verdict.bodies.json_rpc import RpcBody
-from openshell_supervisor.verdict.bodies.websocket import WebSocketPart
-from openshell_supervisor.verdict.bodies.wire import Unread
 from openshell_supervisor.verdict.targets import TargetError, canonical_host, canonical_target, parse_query
+
+if TYPE_CHECKING:  # the parsers are wanted when a body comes, and the proxy needs this module before the workload starts
+    from openshell_supervisor.verdict.bodies.graphql import GraphqlBody
+    from openshell_supervisor.verdict.bodies.json_rpc import RpcBody
+    from openshell_supervisor.verdict.bodies.websocket import WebSocketPart
+    from openshell_supervisor.verdict.bodies.wire import Unread
 
 __all__ = [
     "Body",
@@ -29,7 +32,7 @@ __all__ = [
 ]
 
 
-Body = GraphqlBody | RpcBody | Unread | WebSocketPart
+type Body = GraphqlBody | RpcBody | Unread | WebSocketPart
 """What was read of a request beyond its head. Each has `protocol`, as what it was read; `error`, a reason to refuse it;
 `graphql`, the operations in it or None; and `texts()`, all that the workload wrote in it."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 from openshell_supervisor.errors import Problem
 from openshell_supervisor.policy.model import Middleware, SandboxPolicy
@@ -49,12 +50,32 @@ def _faults(item: Middleware) -> Iterator[str]:
         yield "middleware must not be empty"
     if item.on_error not in ("", "fail_closed", "fail_open"):
         yield f"invalid on_error '{shown(item.on_error)}'"
+    if not all(map(_exact, _numbers(item.config))):
+        yield "config holds a number that a double cannot hold exactly"
     if not item.include:
         yield "endpoint selector must include at least one host pattern"
     for pattern in (*item.include, *item.exclude):
         fault = _pattern_fault(pattern)
         if fault:
             yield f"endpoint selector pattern '{shown(pattern)}' is invalid: {fault}"
+
+
+def _numbers(value: object) -> Iterator[int | float]:
+    """Every number in free-form configuration."""
+    if isinstance(value, Mapping):
+        yield from (number for item in value.values() for number in _numbers(item))
+    elif isinstance(value, list):
+        yield from (number for item in value for number in _numbers(item))
+    elif isinstance(value, int | float):
+        yield value
+
+
+def _exact(number: int | float) -> bool:
+    """Whether google.protobuf.Struct, which has doubles only, gives the number back; NaN and the infinities are no JSON."""
+    try:
+        return math.isfinite(number) and int(float(number)) == int(number)
+    except OverflowError:
+        return False
 
 
 def _pattern_fault(pattern: str) -> str:

@@ -6,11 +6,17 @@ input, so the compiled module outlives every policy generation and asking leaves
 Two properties of regopy 1.5.2 shape it. `Interpreter.set_input(value)` does not escape strings: a query value holding `", "`
 comes back as two strings, `\\u0041` as "A", and a NUL cuts. Hence input always goes in as JSON text through `set_input_term`,
 which is sound; a test holds both. And the interpreter releases the GIL while it holds state, hence the lock.
+
+Its library brings `operator new` and `delete` of its own (snmalloc). Where something else has loaded libstdc++ before (grpc,
+protobuf and aiohttp do), what libstdc++ allocates with malloc is handed to snmalloc to free, which lets it lie: some 40 KiB of
+every evaluation. `_one_allocator` is the remedy.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import threading
 from functools import lru_cache
 from importlib import resources
@@ -28,6 +34,7 @@ class EmbeddedEngine:
     """One compiled module, and what it sees under `data`. Its constructor raises `EngineError` when it does not compile."""
 
     def __init__(self, module: str, rules: tuple[str, ...] = RULES, data: dict[str, Any] | None = None) -> None:
+        _one_allocator()
         import regopy  # heavy (a shared library): only when the first decision is near
 
         self._regopy_error = regopy.RegoError
@@ -58,6 +65,14 @@ class EmbeddedEngine:
             return output.results[0].expressions[0]
         except (self._regopy_error, json.JSONDecodeError, UnicodeError, KeyError, IndexError, TypeError) as error:
             raise EngineError(f"{rule}: {type(error).__name__}") from error
+
+
+def _one_allocator() -> None:
+    """Where libstdc++ is loaded, make its `operator new` and `delete` those of whatever is loaded from now on (dlopen(3))."""
+    try:
+        ctypes.CDLL("libstdc++.so.6", mode=os.RTLD_NOLOAD | os.RTLD_GLOBAL)
+    except OSError:
+        pass  # not loaded: it comes with regopy's library, and then uses that library's
 
 
 def shipped_rules() -> str:

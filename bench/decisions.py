@@ -1,19 +1,22 @@
-"""Decisions per second: `verdict.decide` in this process, cached and uncached, at 1 to 5000 policies, on the embedded engine.
+"""Decisions per second: `verdict.decide` in this process, cached and uncached, at 1 to 5000 policies, on both engines.
 
-The suite that imports the product. Every tenth policy is a wildcard, the others are exact hosts, all with a REST
-rule. An uncached decision is about a name under some wildcard and a path that were never asked before, so that both
-questions, the connection's and the request's, are evaluated at every size; a cached one repeats. Counted is the processor time of
-the thread: a decision waits for nothing, and what else runs on the machine is not its cost.
+The suite that imports the product. An uncached decision is about a name under some wildcard and a path that were never asked
+before, so that both questions, the connection's and the request's, are evaluated at every size; a cached one repeats. Counted
+is the processor time of the thread: a decision waits for nothing, and what else runs on the machine is not its cost. Only an
+uncached one of the OPA server waits, for the server, and is taken on the clock.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from bench import policy_load
+from bench import opa, policy_load
 from bench.measure import BenchError, Sample, interleave, median, ratio, spread
 from bench.plan import Plan
+from bench.questions import DISTINCT, Questions, allowed, policy_of
 from bench.rows import Row, Target
 
 if TYPE_CHECKING:
@@ -22,111 +25,116 @@ if TYPE_CHECKING:
 
 SIZES = (1, 10, 100, 1000, 5000)
 CACHED_FACTOR = 20
-DISTINCT = 32
-WILDCARD_EVERY = 10
 CACHED = Target("<= 20 us", 20.0)
 UNCACHED = Target("<= 2000 us", 2000.0)
-FLAT_FROM, FLAT_TO = "10", "5000"
+FLAT_FROM, FLAT_TO = 10, 5000
 FLAT = Target("<= 1.5 x", 1.5)
 KEY = "us"
-
-
-def policy_text(size: int) -> str:
-    """A policy with `size` rules, as YAML."""
-    rules = []
-    for number in range(size):
-        host = f"*.zone{number}.bench.example" if number % WILDCARD_EVERY == 0 else f"host{number}.bench.example"
-        rules.append(
-            f'  rule{number}:\n    endpoints: [{{host: "{host}", port: 443, protocol: rest, enforcement: enforce, '
-            f'rules: [{{allow: {{method: GET, path: "/v1/**"}}}}]}}]\n    binaries: [{{path: "/**"}}]\n'
-        )
-    return "version: 1\nnetwork_policies:\n" + "".join(rules)
-
-
-def asked_host(number: int, size: int) -> str:
-    """A name that was not asked before, under one of the wildcards of a policy with `size` rules."""
-    wildcards = -(-size // WILDCARD_EVERY)
-    return f"n{number}.zone{number % wildcards * WILDCARD_EVERY}.bench.example"
+EMBEDDED, OPA = "", ", OPA"
+"""The two engines, as they end the name of a contender and of its row."""
+NO_OPA = "not measured: no OPA"
 
 
 class Decider:
-    """One policy generation and an endless supply of questions for it. A generation on another engine may be given."""
+    """One policy generation on the embedded engine, and questions for it. The generation may be given."""
 
     def __init__(self, size: int, generation: Generation | None = None) -> None:
-        from openshell_supervisor.policy import yaml_file
         from openshell_supervisor.verdict.decide import build_generation, decide
-        from openshell_supervisor.verdict.facts import Facts, Request
 
-        self._decide, self._facts, self._request = decide, Facts, Request
-        self._generation = generation or build_generation(yaml_file.parse(policy_text(size), "bench").policy, 1)
-        self._size = size
-        self._asked = 0
-        self._ask(self._question())  # compiles the engine
-
-    def _question(self) -> Facts:
-        self._asked += 1
-        return self._facts_of(self._asked)
-
-    def _facts_of(self, number: int) -> Facts:
-        request = self._request(method="GET", path=f"/v1/items/{number}")
-        host = asked_host(number, self._size)
-        return self._facts(host=host, port=443, binary="/usr/bin/curl", request=request)
+        self._decide = decide
+        self._generation = generation or build_generation(policy_of(size), 1)
+        self._questions = Questions(size)
+        self._ask(self._questions.new())  # compiles the engine
 
     def _ask(self, question: Facts) -> None:
-        verdict = self._decide(question, self._generation)
-        if not verdict.allow:
-            raise BenchError(f"a decision that must allow was {verdict.reason_id}: {verdict.reason}")
+        allowed(self._decide(question, self._generation))
+
+    def _timed(self, questions: list[Facts]) -> Sample:
+        begin = time.thread_time()
+        for question in questions:
+            self._ask(question)
+        return {KEY: (time.thread_time() - begin) / len(questions) * 1e6}
 
     def uncached(self, calls: int) -> Sample:
         """Microseconds of one decision, each asked for the first time."""
-        questions = [self._question() for _ in range(calls)]
-        begin = time.thread_time()
-        for question in questions:
-            self._ask(question)
-        return {KEY: (time.thread_time() - begin) / calls * 1e6}
+        return self._timed([self._questions.new() for _ in range(calls)])
 
     def cached(self, calls: int) -> Sample:
         """Microseconds of one decision out of 32 that were all asked before, in equal words but not the same objects."""
-        first = self._asked + 1
         for _ in range(DISTINCT):
-            self._ask(self._question())
-        questions = [self._facts_of(first + number % DISTINCT) for number in range(calls)]
-        begin = time.thread_time()
-        for question in questions:
-            self._ask(question)
-        return {KEY: (time.thread_time() - begin) / calls * 1e6}
+            self._ask(self._questions.new())
+        return self._timed(self._questions.again(calls))
 
     def mixed(self, calls: int, new_every: int) -> None:
         """`calls` decisions, one in `new_every` about facts never asked, the others about the same few."""
-        usual = [self._question() for _ in range(DISTINCT)]
+        usual = [self._questions.new() for _ in range(DISTINCT)]
         for number in range(calls):
-            self._ask(usual[number % DISTINCT] if number % new_every else self._question())
+            self._ask(usual[number % DISTINCT] if number % new_every else self._questions.new())
 
 
-def _rows(kind: str, deciders: dict[str, Decider], rounds: int, calls: int) -> list[Row]:
-    """A row per size; for uncached decisions one more that says how flat they are."""
+def _name(size: int, engine: str) -> str:
+    return f"{size} policies{engine}"
+
+
+def _row(kind: str, name: str, samples: dict[str, list[Sample]], target: Target | None) -> Row:
+    """One size on one engine, from what was measured of it."""
+    cost, bounds = median(samples[name], KEY), {"host": spread(samples, KEY)[name]}
+    note = f"{1e6 / cost:,.0f} decisions/s"
+    if "here" in samples[name][0]:
+        note += f", {median(samples[name], 'here'):,.0f} us of each in this process"
+    return Row(f"decision {kind}, {name}", KEY, {"host": cost}, cost if target else None, target, note, spread=bounds)
+
+
+def _flat(samples: dict[str, list[Sample]], engine: str, note: str) -> Row:
+    """How many times what it costs at 10 policies an uncached decision costs at 5000."""
+    times = ratio(samples, _name(FLAT_TO, engine), _name(FLAT_FROM, engine), KEY)
+    label = f"decision uncached, {FLAT_TO} against {FLAT_FROM} policies{engine}"
+    values = {} if times is None else {"host": times}
+    return Row(label, "x", values, times if engine == EMBEDDED else None, FLAT if engine == EMBEDDED else None, note)
+
+
+def _rows(kind: str, deciders: dict[str, Decider | opa.OpaDecider], rounds: int, calls: int, no_opa: str) -> list[Row]:
+    """A row per size and engine, all interleaved; for uncached decisions one more per engine that says how flat they are.
+
+    `no_opa` is why a server that is there was not measured; with an empty text there is none, which is no failure.
+    """
 
     def sample(name: str) -> Sample:
         decider = deciders[name]
         return decider.cached(calls) if kind == "cached" else decider.uncached(calls)
 
-    samples, _ = interleave(list(deciders), sample, rounds)
+    samples, failures = interleave(list(deciders), sample, rounds)
     rows = []
-    for name in deciders:
-        cost, bounds = median(samples[name], KEY), {"host": spread(samples, KEY)[name]}
-        target = CACHED if kind == "cached" else UNCACHED
-        note = f"{1e6 / cost:,.0f} decisions/s"
-        rows.append(Row(f"decision {kind}, {name} policies", KEY, {"host": cost}, cost, target, note, spread=bounds))
-    if kind == "uncached":
-        times = ratio(samples, FLAT_TO, FLAT_FROM, KEY)
-        values = {} if times is None else {"host": times}
-        rows.append(Row(f"decision uncached, {FLAT_TO} against {FLAT_FROM} policies", "x", values, times, FLAT))
+    for engine in (EMBEDDED, OPA):
+        target = CACHED if kind == "cached" else UNCACHED if engine == EMBEDDED else None
+        note = ""
+        for name in (_name(size, engine) for size in SIZES):
+            if name in samples:
+                rows.append(_row(kind, name, samples, target))
+                continue
+            failure = next((f"{kind}, {text}" for text in failures if text.startswith(f"{name}: ")), no_opa)
+            note = "" if failure else NO_OPA
+            rows.append(Row(f"decision {kind}, {name}", KEY, {}, None, target, note, failure))
+        if kind == "uncached":
+            rows.append(_flat(samples, engine, note))
     return rows
 
 
 def measure(plan: Plan) -> list[Row]:
-    """A row per size, cached and uncached; then loading and memory."""
-    deciders = {str(size): Decider(size) for size in SIZES}
-    cached = _rows("cached", deciders, plan.decision_rounds, plan.decision_calls * CACHED_FACTOR)
-    uncached = _rows("uncached", deciders, plan.decision_rounds, plan.decision_calls)
+    """A row per size and engine, cached and uncached; then loading and memory."""
+    deciders: dict[str, Decider | opa.OpaDecider] = {_name(size, EMBEDDED): Decider(size) for size in SIZES}
+    no_opa = ""
+    with ExitStack() as stack:
+        executable = opa.program()
+        if executable is not None:
+            runner = stack.enter_context(asyncio.Runner())
+            try:
+                url = stack.enter_context(opa.server(executable))
+            except BenchError as error:
+                no_opa = str(error)
+            else:
+                deciders |= {_name(size, OPA): opa.OpaDecider(size, url, runner) for size in SIZES}
+        rounds, calls = plan.decision_rounds, plan.decision_calls
+        cached = _rows("cached", deciders, rounds, calls * CACHED_FACTOR, no_opa)
+        uncached = _rows("uncached", deciders, rounds, calls, no_opa)
     return cached + uncached + policy_load.measure(plan)

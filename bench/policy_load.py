@@ -70,7 +70,8 @@ def _child(policies: int, decisions: int) -> dict[str, float]:
 
 def _here(policies: int, decisions: int) -> dict[str, float]:
     """The numbers, in this process."""
-    from bench.decisions import Decider, policy_text
+    from bench.decisions import Decider
+    from bench.questions import policy_text
     from openshell_supervisor.policy import yaml_file
     from openshell_supervisor.policy._generated import sandbox_pb2
     from openshell_supervisor.policy.proto import load_message, to_proto

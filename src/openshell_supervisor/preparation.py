@@ -191,13 +191,9 @@ def _load_rules(settings: Settings, policy: SandboxPolicy) -> str:
     patterns of the policy that such rules would read otherwise."""
     if settings.policy_rules is None:
         return ""
-    from openshell_supervisor.verdict.custom import checked_module, refuse_patterns, refuse_unsure
+    from openshell_supervisor.verdict.own_rules import load_rules
 
-    source = str(settings.policy_rules)
-    module = checked_module(settings.policy_rules.read_text("utf-8", "replace"), source)
-    refuse_unsure(module, source)
-    refuse_patterns(policy, str(settings.policy))
-    return module
+    return load_rules(settings.policy_rules, policy, str(settings.policy), embedded=not settings.opa_url)
 
 
 def _identity_inputs(settings: Settings, policy: SandboxPolicy) -> identities.IdentityInputs:

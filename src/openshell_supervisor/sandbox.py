@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from openshell_supervisor.workload.terminal import Terminal
 if TYPE_CHECKING:
     from openshell_supervisor.verdict.decide import Generation
     from openshell_supervisor.verdict.engines.protocol import Engine
+    from openshell_supervisor.verdict.own_rules import PushedRules
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class Sandbox:
     identity_known: bool = True
     engine: Engine | None = None
     own_rules: str = ""
+    pushed: PushedRules | None = None
     links: Links = field(default_factory=Links)
     _generation: Generation | None = None
 
@@ -61,10 +63,18 @@ class Sandbox:
 
             required = self.identity_known and not self.settings.relaxed_identity
             policy = self.links.follow(self.policy) if required else self.policy
-            engine = _own_engine(self.own_rules, policy, required) if self.own_rules else self.engine
+            engine = self._own_engine(policy, required) if self.own_rules else self.engine
             number, own = self.generation_number, bool(self.own_rules)
             self._generation = build_generation(policy, number, required, engine, own_rules=own)
         return self._generation
+
+    def _own_engine(self, policy: SandboxPolicy, required: bool) -> Engine:
+        """The operator's module with `policy` as its data, in the server where there is one. Raises `EngineError`."""
+        from openshell_supervisor.verdict.own_rules import own_engine
+
+        if self.pushed is not None:
+            return self.pushed.engine(self.own_rules, policy, required)
+        return own_engine(self.own_rules, policy, required)
 
     def callers_known(self, known: bool) -> None:
         """Whether programs can be told apart on the rung that is taken; where not, the rules go by destinations alone."""
@@ -82,15 +92,6 @@ def start_launcher(reaper: Reaper, terminal: Terminal | None = None) -> Child:
     return Child.start(reaper, Path(launcher.ENTRY), stdio)
 
 
-def _own_engine(module: str, policy: SandboxPolicy, required: bool) -> Engine:
-    """The embedded engine with the operator's module and `policy` as its data. Raises `EngineError`."""
-    from openshell_supervisor.policy.normalise import normalise
-    from openshell_supervisor.verdict.custom import embedded_engine
-    from openshell_supervisor.verdict.data_document import data_document
-
-    return embedded_engine(module, data_document(normalise(policy), required))
-
-
 @contextlib.asynccontextmanager
 async def engine_of(sandbox: Sandbox) -> AsyncIterator[None]:
     """While it lasts, an OPA server decides, where one was named; its outages are said. Raises `SettingsError` for its name."""
@@ -99,11 +100,19 @@ async def engine_of(sandbox: Sandbox) -> AsyncIterator[None]:
         yield
         return
     from openshell_supervisor.verdict.engines.opa_client import opa_address
-    from openshell_supervisor.verdict.engines.opa_server import OpaServerEngine
 
     address = opa_address(settings.opa_url, settings.opa_token_file, settings.opa_ca)
-    async with OpaServerEngine(address, told=lambda reason: _say_engine(sandbox.telemetry, reason)) as engine:
-        sandbox.engine = engine
+    told: Callable[[str], None] = lambda reason: _say_engine(sandbox.telemetry, reason)  # noqa: E731
+    if sandbox.own_rules:
+        from openshell_supervisor.verdict.own_rules import PushedRules
+
+        async with PushedRules(address, told) as sandbox.pushed:
+            await sandbox.generation.prepare(lambda: None)  # an outage is said now, not at the first question
+            yield
+        return
+    from openshell_supervisor.verdict.engines.opa_server import OpaServerEngine
+
+    async with OpaServerEngine(address, told=told) as sandbox.engine:
         yield
 
 

@@ -179,11 +179,8 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     variable = _declared(environment.get("OPENSHELL_DECLARE_EXTERNAL"), "OPENSHELL_DECLARE_EXTERNAL")
     policy = named.existing_file(values.policy or environment.get("OPENSHELL_POLICY"), "--policy")
     own_rules, data = _own_rules(values, environment)
-    if own_rules is not None and (policy is not None or values.opa_url or environment.get("OPENSHELL_OPA_URL")):
-        other = "--policy" if policy is not None else "--opa-url"
-        raise _fail(
-            "contradiction", f"--policy-rules excludes {other}", "the rules decide by --policy-data, in the supervisor"
-        )
+    if own_rules is not None and policy is not None:
+        raise _fail("contradiction", "--policy-rules excludes --policy", "the rules decide by --policy-data")
     policy = policy or data
     _check_gateway(values, environment, policy)
     settings = Settings(

@@ -141,3 +141,32 @@ def test_help_names_every_option() -> None:
     assert done.returncode == 0 and {"--cases", "--replay", "--policy"} <= options
     document = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "explain.md").read_text("utf-8")
     assert {option for option in options if option not in document} <= {"--help"}
+
+
+RULES = """package openshell.sandbox
+
+egress_authorization := {
+	"action": "allow",
+	"matched_policy": "größe",
+	"matched_endpoints": [{"policy_name": "größe", "endpoint_index": 0}],
+}
+
+default allow_request := false
+
+allow_request if input.request.method == "POST"
+"""
+
+
+def test_rules_of_the_operators_own(policy: str, open_tmp: pathlib.Path) -> None:
+    """They decide, other than the policy alone would; half of the two files, a third beside them, or no Rego is code 2."""
+    rules = open_tmp / "own.rego"
+    rules.write_text(RULES, "utf-8")
+    both = ("--policy-rules", str(rules), "--policy-data", policy)
+    assert run("--policy", policy, *ASK, "--method", "GET").returncode == 0
+    assert run(*both, *ASK, "--method", "GET").returncode == 1
+    done = run(*both, *ASK, "--method", "POST")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    for wrong in (both[:2], both[2:], (*both, "--policy", policy), ("--policy-rules", policy, *both[2:])):
+        refused = run(*wrong, *ASK, "--method", "POST")
+        assert refused.returncode == 2 and refused.stderr.startswith("openshell-supervisor: "), refused.stderr
+        assert "Traceback" not in refused.stderr

@@ -68,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--policy", metavar="FILE", help="the policy (YAML)")
+    add("--policy-rules", metavar="FILE", help="a Rego module that decides instead, as a run's --policy-rules")
+    add("--policy-data", metavar="FILE", help="the policy that it decides by (YAML)")
     add("--host", metavar="NAME", help="where to: a name or an address")
     add("--port", metavar="N", help="the port, 1 to 65535")
     add("--method", metavar="M", help="the method of a request; without one the question is about the connection")
@@ -99,11 +101,16 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         name for name in ("host", "port", "method", "path", "body", "binary") if getattr(options, name) is not None
     ]
     single += [name for name in ("ancestor", "address", "header") if getattr(options, name)]
-    if options.cases and (options.replay or options.policy or single):
+    if (options.policy_rules is None) != (options.policy_data is None):
+        made.error("--policy-rules and --policy-data are given together or not at all")
+    if options.policy is not None and options.policy_rules is not None:
+        made.error("--policy-rules excludes --policy: the rules decide by --policy-data")
+    policy = options.policy or options.policy_data
+    if options.cases and (options.replay or policy or single):
         made.error("--cases stands alone: its lines hold the policies and the questions")
     if options.replay and single:
         made.error(f"--replay takes its questions from the file, so --{single[0]} has no place beside it")
-    if not options.cases and not options.policy:
+    if not options.cases and not policy:
         made.error("--policy FILE is missing")
     if not options.cases and not options.replay:
         _check_single(made, options)
@@ -135,12 +142,24 @@ def _check_single(made: argparse.ArgumentParser, options: argparse.Namespace) ->
             made.error(f"--address {wording.shown(address)} is not an IP address")
 
 
-def _generation(file: str, *, binaries: bool) -> Generation:
-    return build_generation(load(Path(file)).policy, GENERATION, binaries)
+def _generations(options: argparse.Namespace, *binaries: bool) -> list[Generation]:
+    """The generation for the policy that the options name, for each of `binaries`: do callers count? Raises `PolicyError`."""
+    if options.policy_rules is None:
+        policy = load(Path(options.policy)).policy
+        return [build_generation(policy, GENERATION, counted) for counted in binaries]
+    from openshell_supervisor.verdict.own_rules import load_rules, own_engine
+
+    policy = load(Path(options.policy_data)).policy
+    module = load_rules(Path(options.policy_rules), policy, options.policy_data, embedded=True)
+    engines = [own_engine(module, policy, counted) for counted in binaries]
+    return [
+        build_generation(policy, GENERATION, counted, engine, own_rules=True)
+        for counted, engine in zip(binaries, engines, strict=True)
+    ]
 
 
 def _single(options: argparse.Namespace) -> int:
-    generation = _generation(options.policy, binaries=options.binary is not None)
+    (generation,) = _generations(options, options.binary is not None)
     addresses = tuple(options.address) or None
     with contextlib.suppress(ValueError):  # an address is what it resolves to
         addresses = (str(ipaddress.ip_address(options.host.strip("[]"))),)
@@ -196,12 +215,7 @@ def _cases(path: Path) -> int:
 def _replay(options: argparse.Namespace) -> int:
     from openshell_supervisor.explain import replay
 
-    policy = load(Path(options.policy)).policy
-    outcome = replay.replay(
-        Path(options.replay),
-        build_generation(policy, GENERATION, require_binary_identity=False),
-        build_generation(policy, GENERATION, require_binary_identity=True),
-    )
+    outcome = replay.replay(Path(options.replay), *_generations(options, False, True))
     if options.json:
         _write([json.dumps(wording.replay_as_json(outcome), ensure_ascii=True)])
     else:

@@ -172,7 +172,7 @@ def _load_policy(settings: Settings, telemetry: Telemetry) -> SandboxPolicy:
     if path is None:
         telemetry.config("default", "No policy file on disk, using restrictive default", path=str(POLICY_ON_DISK[0]))
         return default_policy()
-    loaded = yaml_file.load(path)
+    loaded = yaml_file.load(path, files=settings.policy_rules is not None)
     telemetry.config(
         "loaded", "Loaded sandbox policy from a local file", path=str(path), rules=len(loaded.policy.network_policies)
     )

@@ -6,7 +6,10 @@ enforced is still read into the model (`policy.not_built` names it). No meaning 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from openshell_supervisor.policy.document import Listing, Node, Scalar, Table
+from openshell_supervisor.policy.file_matcher import read_file_matcher
 from openshell_supervisor.policy.model import (
     Binary,
     CredentialBinding,
@@ -110,6 +113,10 @@ _PORTS = {
     "postgresql": 5432,
     "mysql": 3306,
     "redis": 6379,
+}
+_EMPTY_LISTS = {
+    "rules": "rules list cannot be empty (would deny all traffic). Use `access: full` or remove rules.",
+    "deny_rules": "deny_rules list cannot be empty (would have no effect). Remove it if no denials are needed.",
 }
 _ALLOW_FORM = "write `- allow: {method: GET, path: /x}`, one entry for each"
 _EXPECT_RULE = "write the rules of a policy as a mapping: `my-rule: {endpoints: [...]}`"
@@ -217,6 +224,7 @@ class _PolicyReader:
             return Endpoint()
         got = self.r.fields(node, path, ENDPOINT, _ENDPOINT_MOVED)
         mcp, rpc_bytes = self.mcp(got, path)
+        self.refuse_without_effect(got, path)
         return Endpoint(
             host=self.text(got, path, "host"),
             ports=self.ports(got, path),
@@ -244,6 +252,25 @@ class _PolicyReader:
             credential_binding=self.credential_binding(got, path),
             allow_uninspected_credentials=self.flag(got, path, "allow_uninspected_credentials"),
         )
+
+    def refuse_without_effect(self, got: dict[str, Node], path: str) -> None:
+        """What upstream's file loader refuses and a gateway cannot see, because the wire has no form for it."""
+        if not self.r.files:
+            return
+        for key, said in _EMPTY_LISTS.items():
+            listed = got.get(key)
+            if isinstance(listed, Listing) and not listed.items:
+                self.r.problem("list_empty", child(path, key), listed, said)
+        limit = "graphql_max_body_bytes"
+        limits = [(child(path, limit), limit, got[limit])] if limit in got else []
+        for name in ("json_rpc", "mcp"):
+            stanza = got.get(name)
+            pairs = stanza.pairs if isinstance(stanza, Table) else ()
+            found = [value for key, value in pairs if key.text == "max_body_bytes"]
+            limits += [(child(path, name), "json_rpc_max_body_bytes", value) for value in found]
+        for where, key, node in limits:
+            if isinstance(node, Scalar) and type(node.value()) is int and node.value() == 0:
+                self.r.problem("limit_zero", where, node, f"{key} must be a positive integer", "remove the key")
 
     def ports(self, got: dict[str, Node], path: str) -> tuple[int, ...]:
         """`ports` wins over `port` when it is not empty; 0 as `port` is the same as not writing it."""
@@ -294,10 +321,13 @@ class _PolicyReader:
         got = self.r.fields(node, path, L7, (moved or {}) | {"methods": 'one rule per method, or `method: "*"`'})
         query = self.matchers(got["query"], child(path, "query")) if "query" in got else ()
         params = dict(self.params(got["params"], child(path, "params"))) if "params" in got else {}
+        if self.r.files and "tool" in got and "name" in params:
+            said = "MCP rules must use either tool or params.name, not both"
+            self.r.problem("mcp_tool_twice", child(path, "tool"), got["tool"], said, "keep `tool`")
         if "tool" in got and "name" not in params:
             params["name"] = self.matcher(got["tool"], child(path, "tool"))
         text = [self.text(got, path, key) for key in ("method", "path", "command", "operation_type", "operation_name")]
-        fields = self.texts(got, path, "fields")
+        fields = self.operation_fields(got, path)
         return text[0], text[1], text[2], query, text[3], text[4], fields, tuple(sorted(params.items(), key=_key))
 
     def matchers(self, node: Node, path: str) -> Matchers:
@@ -309,7 +339,7 @@ class _PolicyReader:
         result: dict[str, QueryMatcher] = {}
         for key, written, value in self.r.entries(node, path):
             where, name = child(path, key), f"{prefix}{key}"
-            nested = isinstance(value, Table) and [k.text for k, _ in value.pairs] != ["any"]
+            nested = isinstance(value, Table) and not self.is_matcher([k.text for k, _ in value.pairs])
             found = self.params(value, where, f"{name}.") if nested else ((name, self.matcher(value, where)),)
             for inner, matcher in found:
                 if inner in result:
@@ -318,7 +348,13 @@ class _PolicyReader:
                 result[inner] = matcher
         return tuple(result.items())
 
+    def is_matcher(self, keys: list[str]) -> bool:
+        """True when a mapping with these keys is a matcher, not a deeper level of `params`."""
+        return not set(keys) - {"glob", "any"} if self.r.files else keys == ["any"]
+
     def matcher(self, node: Node, path: str) -> QueryMatcher:
+        if self.r.files:
+            return read_file_matcher(self.r, node, path)
         nothing = "unknown matcher keys; only `glob` or `any` are supported"
         if isinstance(node, Scalar) and isinstance(node.value(), str):
             value = self.r.text(node, path)
@@ -354,22 +390,38 @@ class _PolicyReader:
     def operation(self, node: Node, path: str) -> GraphqlOperation:
         got = self.r.fields(node, path, ("operation_type", "operation_name", "fields"))
         kind, name = self.text(got, path, "operation_type"), self.text(got, path, "operation_name")
-        return GraphqlOperation(kind, name, self.texts(got, path, "fields"))
+        return GraphqlOperation(kind, name, self.operation_fields(got, path))
+
+    def operation_fields(self, got: dict[str, Node], path: str) -> tuple[str, ...]:
+        node = got.get("fields")
+        if self.r.files and isinstance(node, Listing) and not node.items:
+            said = "fields: list must not be empty; omit fields to match all root fields"
+            self.r.problem("list_empty", child(path, "fields"), node, said)
+        return self.texts(got, path, "fields")
 
     def mcp(self, got: dict[str, Node], path: str) -> tuple[McpOptions | None, int]:
         """The two booleans, and the body limit: an `mcp` stanza's value, even 0, replaces `json_rpc`'s."""
-        limit = 0
+        limit, before = 0, len(self.r.problems)
         if "json_rpc" in got:
             where = child(path, "json_rpc")
             limit = self.u32(self.r.fields(got["json_rpc"], where, ("max_body_bytes",)), where, "max_body_bytes")
+            self.name_stanza("json_rpc", before)
         if "mcp" not in got:
             return None, limit
-        where = child(path, "mcp")
+        where, before = child(path, "mcp"), len(self.r.problems)
         names = ("strict_tool_names", "allow_all_known_mcp_methods")
         stanza = self.r.fields(got["mcp"], where, ("max_body_bytes", *names))
         flags = [self.r.boolean(stanza[name], child(where, name)) if name in stanza else None for name in names]
         options = McpOptions(flags[0], flags[1]) if any(flag is not None for flag in flags) else None
-        return options, self.u32(stanza, where, "max_body_bytes")
+        limit = self.u32(stanza, where, "max_body_bytes")
+        self.name_stanza("mcp", before)
+        return options, limit
+
+    def name_stanza(self, name: str, before: int) -> None:
+        """Upstream's file loader begins what it says of these stanzas with their name; `before` problems were not about it."""
+        if self.r.files:
+            said = self.r.problems[before:]
+            self.r.problems[before:] = [replace(p, message=f"invalid {name} config: {p.message}") for p in said]
 
     def credential_binding(self, got: dict[str, Node], path: str) -> CredentialBinding | None:
         if "credential_binding" not in got:

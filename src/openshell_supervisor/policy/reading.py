@@ -63,7 +63,9 @@ def describe(node: Node) -> str:
 class Reading:
     """Collects problems and places while a document is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, files: bool = False) -> None:
+        """With `files` the document is read as upstream's file loader does it (policy.md 5.1), else as a gateway does."""
+        self.files = files
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
         self.places: dict[str, Place] = {}

@@ -29,14 +29,14 @@ _SIGNING = ("sigv4", "sigv4:body", "sigv4:no_body")
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\Z")
 
 
-def problems_of(policy: SandboxPolicy) -> list[Problem]:
-    """Every fault of the policy, in the order of the document's sections."""
+def problems_of(policy: SandboxPolicy, *, files: bool = False) -> list[Problem]:
+    """Every fault of the policy, in the order of the document's sections; with `files` in the terms of upstream's file loader."""
     found = [*_process_problems(policy.process or ProcessPolicy()), *_filesystem_problems(policy)]
     for key, rule in policy.network_policies.items():
         path = child("network_policies", key)
         for index, endpoint in enumerate(rule.endpoints):
-            found.extend(_endpoint_problems(rule.name or key, endpoint, f"{path}.endpoints[{index}]"))
-            found.extend(l7_problems(rule.name or key, key, index, endpoint, f"{path}.endpoints[{index}]"))
+            found.extend(_endpoint_problems(rule.name or key, endpoint, f"{path}.endpoints[{index}]", files=files))
+            found.extend(l7_problems(rule.name or key, key, index, endpoint, f"{path}.endpoints[{index}]", files=files))
     found.extend(overlap_problems(policy))
     found.extend(middleware_problems(policy))
     return found
@@ -102,7 +102,7 @@ def _path_problems(value: str, path: str, writable: bool) -> Iterator[Problem]:
         )
 
 
-def _endpoint_problems(name: str, endpoint: Endpoint, path: str) -> Iterator[Problem]:
+def _endpoint_problems(name: str, endpoint: Endpoint, path: str, *, files: bool) -> Iterator[Problem]:
     say = f"network policy '{shown(name)}'"
     host = shown(endpoint.host)
     if not endpoint.host and not endpoint.allowed_ips:
@@ -124,11 +124,11 @@ def _endpoint_problems(name: str, endpoint: Endpoint, path: str) -> Iterator[Pro
     for port in endpoint.ports:
         if not 1 <= port <= 65535:
             yield Problem("port_invalid", f"{say}: endpoint '{host}' has invalid port {port}; expected 1..=65535", path)
-    yield from host_problems(say, endpoint.host, f"{path}.host")
+    yield from host_problems(say, endpoint.host, f"{path}.host", files=files)
     yield from _signing_problems(say, endpoint, path)
 
 
-def host_problems(say: str, host: str, path: str) -> Iterator[Problem]:
+def host_problems(say: str, host: str, path: str, *, files: bool = False) -> Iterator[Problem]:
     """What is wrong with a host pattern, or with a host that can never match a request."""
     shape = _host_shape_problem(host)
     if shape:
@@ -149,8 +149,7 @@ def host_problems(say: str, host: str, path: str) -> Iterator[Problem]:
     if host in ("*", "**") or bad_double or bad_middle:
         yield Problem(
             "host_wildcard",
-            f"{say}: invalid host wildcard '{shown(host)}'; middle DNS label wildcards must be the entire label '*' "
-            "and recursive '**' is only allowed as the entire first label",
+            f"{say}: {_wildcard_fault(host, double=bad_double, files=files)}",
             path,
             hint="no pattern means every host; write the hosts that are needed, one endpoint each"
             if host in ("*", "**")
@@ -162,6 +161,20 @@ def host_problems(say: str, host: str, path: str) -> Iterator[Problem]:
             f"{say}: TLD wildcard '{shown(host)}' is not allowed; use subdomain wildcards like '*.example.com' instead",
             path,
         )
+
+
+def _wildcard_fault(host: str, *, double: bool, files: bool) -> str:
+    """Upstream's words for a wildcard in a place where none may be: a gateway has one text, the file loader three."""
+    if not files:
+        return (
+            f"invalid host wildcard '{shown(host)}'; middle DNS label wildcards must be the entire label '*' "
+            "and recursive '**' is only allowed as the entire first label"
+        )
+    if host in ("*", "**"):
+        return f"host wildcard '{host}' matches all hosts; use specific patterns like '*.example.com'"
+    if double:
+        return f"recursive host wildcard '**' is only allowed as the entire first DNS label, got '{shown(host)}'"
+    return f"middle DNS label wildcard must be the entire label '*', got '{shown(host)}'"
 
 
 def _host_shape_problem(host: str) -> tuple[str, str] | None:

@@ -16,13 +16,18 @@ from openshell_supervisor.policy.validate_rpc import rpc_problems
 _NO_RULES = 'write `access: read-only`, or `rules: [{allow: {method: GET, path: "/**"}}]`'
 
 
-def l7_problems(name: str, key: str, index: int, endpoint: Endpoint, path: str) -> Iterator[Problem]:
-    """Faults of one endpoint. `name` is the rule's name, `key` its map key, `path` the endpoint's dotted path."""
+def l7_problems(
+    name: str, key: str, index: int, endpoint: Endpoint, path: str, *, files: bool = False
+) -> Iterator[Problem]:
+    """Faults of one endpoint, with `files` in the terms of upstream's file loader.
+
+    `name` is the rule's name, `key` its map key, `path` the endpoint's dotted path.
+    """
     say = f"network policy '{shown(name)}': endpoint {index} has invalid L7 configuration: "
-    for code, text, where, hint in (*_shared(endpoint), *_own(endpoint)):
+    for code, text, where, hint in (*_shared(endpoint), *_own(endpoint, files=files)):
         yield Problem(code, say + text, f"{path}.{where}" if where else path, hint=hint)
     prefix = f"{shown(key)}.endpoints[{index}]"
-    yield from _data_problems(prefix, endpoint, path)
+    yield from _data_problems(prefix, endpoint, path, files=files)
 
 
 Fault = tuple[str, str, str, str]
@@ -162,10 +167,12 @@ def _l7_only(e: Endpoint) -> tuple[tuple[str, bool], ...]:
     )
 
 
-def _own(e: Endpoint) -> Iterator[Fault]:
+def _own(e: Endpoint, *, files: bool) -> Iterator[Fault]:
     """The rest of (A) that concerns one endpoint's L7 keys."""
     if e.path and not e.path.startswith("/") and e.path != "**":
-        yield "path_relative", "path must start with '/' or be '**'", "path", f"write `path: /{shown(e.path)}`"
+        text = f"endpoint path must start with '/' or be '**', got '{shown(e.path)}'"
+        text = text if files else "path must start with '/' or be '**'"
+        yield "path_relative", text, "path", f"write `path: /{shown(e.path)}`"
     if e.persisted_queries not in ("", "deny", "allow_registered"):
         yield (
             "persisted_queries",
@@ -174,10 +181,12 @@ def _own(e: Endpoint) -> Iterator[Fault]:
             "",
         )
     if e.protocol == "sql" and e.enforced:
-        yield ("sql_enforce", "SQL enforcement requires full SQL parsing; use enforcement: audit", "enforcement", "")
+        text = "SQL enforcement requires full SQL parsing (not available in v1). Use `enforcement: audit`."
+        text = text if files else "SQL enforcement requires full SQL parsing; use enforcement: audit"
+        yield "sql_enforce", text, "enforcement", ""
     if e.mcp is not None and e.protocol.lower() != "mcp" and e.protocol.lower() != "tcp":
         yield "mcp_options", "mcp options are only valid for protocol mcp", "mcp", ""
-    if e.protocol == "graphql":
+    if e.protocol == "graphql" and not files:  # the file loader takes `*` and any case: policy.validate_rpc
         yield from _operation_types(e)
 
 
@@ -195,7 +204,7 @@ def _operation_types(e: Endpoint) -> Iterator[Fault]:
             yield "operation_type", f"graphql_persisted_queries[{shown(key)}].{text}", "graphql_persisted_queries", ""
 
 
-def _data_problems(prefix: str, e: Endpoint, path: str) -> Iterator[Problem]:
+def _data_problems(prefix: str, e: Endpoint, path: str, *, files: bool) -> Iterator[Problem]:
     """(C): upstream's supervisor refuses these although its gateway stores them."""
     protocol = e.protocol.lower()
     if protocol == "mcp" and not e.host:
@@ -208,7 +217,7 @@ def _data_problems(prefix: str, e: Endpoint, path: str) -> Iterator[Problem]:
             f"{prefix}: protocol mcp requires port or ports; protocol alone is not a wildcard endpoint",
             path,
         )
-    yield from rpc_problems(prefix, e, path)
+    yield from rpc_problems(prefix, e, path, files=files)
     if protocol in ("json-rpc", "mcp"):
         return
     for index, rule in enumerate(e.rules):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from openshell_supervisor.errors import Problem
+from openshell_supervisor.policy.file_graphql import file_graphql_problems
 from openshell_supervisor.policy.globs import VALUE, GlobError, glob_match
 from openshell_supervisor.policy.model import Endpoint, L7Match
 from openshell_supervisor.policy.reading import shown
@@ -16,15 +17,21 @@ _GLOB_CHARACTERS = "*?[]{}"
 _NOT_PATH = "{} L7 rules must use {}, not path/query"
 
 
-def rpc_problems(prefix: str, endpoint: Endpoint, path: str) -> Iterator[Problem]:
-    """Faults of the rules of one endpoint. `prefix` begins the message (`KEY.endpoints[i]`), `path` is the dotted path."""
+def rpc_problems(prefix: str, endpoint: Endpoint, path: str, *, files: bool = False) -> Iterator[Problem]:
+    """Faults of the rules of one endpoint, with `files` GraphQL's as upstream's file loader takes them.
+
+    `prefix` begins the message (`KEY.endpoints[i]`), `path` is the dotted path.
+    """
     protocol = endpoint.protocol
     for index, rule in enumerate(endpoint.rules):
         where, place = f"{prefix}.rules[{index}].allow", f"{path}.rules[{index}]"
-        yield from _rule(endpoint, rule, where, place, "allow")
+        yield from _rule(endpoint, rule, where, place, "allow", files=files)
     for index, deny in enumerate(endpoint.deny_rules):
-        yield from _rule(endpoint, deny, f"{prefix}.deny_rules[{index}]", f"{path}.deny_rules[{index}]", "deny")
-    if protocol == "graphql":
+        where, place = f"{prefix}.deny_rules[{index}]", f"{path}.deny_rules[{index}]"
+        yield from _rule(endpoint, deny, where, place, "deny", files=files)
+    if files and protocol in ("graphql", "websocket"):
+        yield from file_graphql_problems(prefix, endpoint, path)
+    elif protocol == "graphql":
         for key, operation in endpoint.graphql_persisted_queries:
             where = f"{prefix}.graphql_persisted_queries[{shown(key)}]"
             text = f"{where}.fields: list must not be empty; omit fields to match all root fields"
@@ -36,26 +43,26 @@ def rpc_problems(prefix: str, endpoint: Endpoint, path: str) -> Iterator[Problem
         yield from _broad_mcp(endpoint, endpoint.deny_rules, f"{prefix}.deny_rules", f"{path}.deny_rules", "deny")
 
 
-def _rule(e: Endpoint, rule: L7Match, prefix: str, path: str, kind: str) -> Iterator[Problem]:
+def _rule(e: Endpoint, rule: L7Match, prefix: str, path: str, kind: str, *, files: bool) -> Iterator[Problem]:
     if e.protocol == "json-rpc":
         yield from _json_rpc(rule, prefix, path)
     elif e.protocol == "mcp":
         yield from _mcp(e, rule, prefix, path)
     elif e.protocol == "websocket":
-        yield from _websocket(rule, prefix, path, kind)
+        yield from _websocket(rule, prefix, path, kind, files=files)
 
 
-def _websocket(rule: L7Match, prefix: str, path: str, kind: str) -> Iterator[Problem]:
-    """Upstream's data always carries method and path in an allow rule, so such a rule with GraphQL keys is always refused."""
+def _websocket(rule: L7Match, prefix: str, path: str, kind: str, *, files: bool) -> Iterator[Problem]:
+    """A gateway's data always carries method and path in an allow rule: such a rule with GraphQL keys is always refused there."""
     graphql = rule.operation_type or rule.operation_name or rule.fields
-    if graphql and (kind == "allow" or rule.method or rule.path or rule.query):
+    if graphql and ((kind == "allow" and not files) or rule.method or rule.path or rule.query):
         yield Problem(
             "websocket_graphql",
             f"{prefix}: WebSocket GraphQL {kind} rules must not combine method/path/query with "
             "operation_type/operation_name/fields",
             path,
             hint="upstream's gateway refuses every such allow rule; use protocol graphql over HTTP"
-            if kind == "allow"
+            if kind == "allow" and not files
             else "",
         )
 

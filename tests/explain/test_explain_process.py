@@ -166,6 +166,10 @@ def test_rules_of_the_operators_own(policy: str, open_tmp: pathlib.Path) -> None
     assert run(*both, *ASK, "--method", "GET").returncode == 1
     done = run(*both, *ASK, "--method", "POST")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    zero = open_tmp / "zero.yaml"  # what only a data file is refused for: explain must load what a run loads
+    zero.write_text(POLICY.replace("access: read-only", "access: read-only, graphql_max_body_bytes: 0"), "utf-8")
+    assert run("--policy", str(zero), *ASK, "--method", "GET").returncode == 0
+    assert run(*both[:3], str(zero), *ASK, "--method", "POST").returncode == 2
     for wrong in (both[:2], both[2:], (*both, "--policy", policy), ("--policy-rules", policy, *both[2:])):
         refused = run(*wrong, *ASK, "--method", "POST")
         assert refused.returncode == 2 and refused.stderr.startswith("openshell-supervisor: "), refused.stderr

@@ -149,7 +149,7 @@ def _generations(options: argparse.Namespace, *binaries: bool) -> list[Generatio
         return [build_generation(policy, GENERATION, counted) for counted in binaries]
     from openshell_supervisor.verdict.own_rules import load_rules, own_engine
 
-    policy = load(Path(options.policy_data)).policy
+    policy = load(Path(options.policy_data), files=True).policy
     module = load_rules(Path(options.policy_rules), policy, options.policy_data, embedded=True)
     engines = [own_engine(module, policy, counted) for counted in binaries]
     return [

@@ -43,7 +43,8 @@ def hear(s):
     while "\\r\\n\\r\\n" in said and "403" in said[:15] and not said.rstrip().endswith("}"):
         said += s.recv(65536).decode()
     body = said.partition("\\r\\n\\r\\n")[2]
-    print(json.dumps([said[9:12], json.loads(body).get("reason_id") if body.startswith("{") else ""]), flush=True)
+    answer = [said[9:12], json.loads(body).get("reason_id") if body.startswith("{") else ""]
+    os.write(1, (json.dumps(answer) + "\\n").encode())  # whole, where threads and processes share the pipe
 """
 
 

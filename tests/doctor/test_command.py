@@ -181,8 +181,10 @@ def test_a_signal_in_the_middle_leaves_nothing_behind(number: signal.Signals, op
     """Ended once its run directory exists: directory and processes are gone, and with them every namespace."""
     for attempt in range(5):  # it may be over before the signal is sent
         run_dir = open_tmp / f"run{attempt}"
+        # A shell's background job, as a test run may be, ignores SIGINT, and so does what it starts (signal(7)).
+        line = ["env", "--default-signal=INT,TERM,HUP", *asking.command("--run-dir", str(run_dir))]
         process = subprocess.Popen(
-            asking.command("--run-dir", str(run_dir)),
+            line,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -18,9 +18,6 @@ import yaml
 from openshell_supervisor.errors import PolicyError, SettingsError
 from openshell_supervisor.explain.jsonl import fault, objects, shown
 from openshell_supervisor.explain.question import AUDITED, CONNECT, TRANSPORTS, Answer, Question, ask
-from openshell_supervisor.policy.document import compose
-from openshell_supervisor.policy.reader import read_policy
-from openshell_supervisor.policy.reading import Reading
 from openshell_supervisor.policy.yaml_file import LoadedPolicy, parse
 from openshell_supervisor.verdict.decide import Generation, build_generation
 
@@ -143,14 +140,9 @@ def why_not(case: Case) -> str:
 
 
 def load(case: Case) -> LoadedPolicy:
-    """The case's policy, through the reader of policy files. Raises `PolicyError`.
-
-    A question to a policy of the files pipeline is asked without the gateway's checks, which that pipeline does not make.
-    """
+    """The case's policy, through the reader of policy files: a gateway's, or the data of --policy-rules. Raises `PolicyError`."""
     text = yaml.safe_dump(case.policy, sort_keys=False, allow_unicode=True)
-    if case.kind != "validate" and case.given.get("pipeline") == "files":
-        return LoadedPolicy(read_policy(compose(text, case.id), Reading()), (), case.id)
-    return parse(text, case.id)
+    return parse(text, case.id, files=case.given.get("pipeline") == "files")
 
 
 def generation(case: Case) -> Generation:

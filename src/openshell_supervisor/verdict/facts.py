@@ -13,7 +13,8 @@ from openshell_supervisor.policy.globs import path_selected, path_specificity
 from openshell_supervisor.policy.model import Endpoint
 from openshell_supervisor.verdict.targets import TargetError, canonical_host, canonical_target, parse_query
 
-if TYPE_CHECKING:  # the parsers are wanted when a body comes, and the proxy needs this module before the workload starts
+# The parsers are wanted when a body comes, and the proxy needs this module before the workload starts.
+if TYPE_CHECKING:
     from openshell_supervisor.verdict.bodies.graphql import GraphqlBody
     from openshell_supervisor.verdict.bodies.json_rpc import RpcBody
     from openshell_supervisor.verdict.bodies.websocket import WebSocketPart

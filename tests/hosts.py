@@ -74,6 +74,14 @@ def userns_off(argv: Sequence[str], *, uid: int = THROWAWAY_UID) -> list[str]:
     return [sys.executable, "-I", str(pathlib.Path(__file__).resolve()), "userns-off", str(uid), "--", *argv]
 
 
+def with_accounts(argv: Sequence[str], passwd: str, group: str, place: pathlib.Path) -> list[str]:
+    """`argv` where /etc/passwd and /etc/group have this content, kept in `place` (a mount namespace of its own; needs root)."""
+    (place / "passwd").write_text(passwd)
+    (place / "group").write_text(group)
+    script = 'mount --bind "$1" /etc/passwd && mount --bind "$2" /etc/group && shift 2 && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", script, "sh", str(place / "passwd"), str(place / "group"), *argv]
+
+
 def run(argv: Sequence[str], *, timeout: float = 30.0, **options: object) -> subprocess.CompletedProcess[str]:
     """Run to the end, output captured as text, nothing on stdin, from a directory that every user may enter."""
     settings: dict[str, object] = {

@@ -20,20 +20,18 @@ PREFIX = "openshell-home-"
 SHARED = "/tmp"  # what a user without a home has for one; everybody's files lie there
 
 
-def usable(home: str, rules: FileRules | None) -> bool:
-    """True when `home` is a directory of its own that the rules let the workload read, and where there are no rules."""
-    if rules is None:
-        return True
+def usable(home: str, rules: FileRules) -> bool:
+    """True when `home` is a directory of its own that the rules let the workload read."""
     place = os.path.realpath(home)
     if not os.path.isdir(place) or place == os.path.realpath(SHARED):
         return False
     return within(place, rules)
 
 
-def make(identity: Identity, rules: FileRules | None) -> Path | None:
+def make(identity: Identity, rules: FileRules) -> Path | None:
     """A new empty directory of the workload's own, mode 0700; None where the rules make no directory for it writable, or it
     cannot be made."""
-    if rules is not None and not _allowed(os.path.realpath(SHARED), map(os.path.realpath, rules.read_write)):
+    if not _allowed(os.path.realpath(SHARED), map(os.path.realpath, rules.read_write)):
         return None
     try:
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=SHARED))

@@ -24,7 +24,7 @@ HOME_REMOVAL_SECONDS = 1.0
 def home_of(sandbox: Sandbox) -> Path | None:
     """A home made for this run, where the workload's own is not there or lies outside of the file rules; else None."""
     identity, rules = sandbox.identity, _rules_that_hold(sandbox)
-    if "HOME" in sandbox.settings.user_variables or home.usable(identity.home, rules):
+    if rules is None or "HOME" in sandbox.settings.user_variables or home.usable(identity.home, rules):
         return None
     made = home.make(identity, rules)
     if made is not None:

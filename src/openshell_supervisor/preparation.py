@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import resource
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +225,44 @@ def _check_pid_limit(settings: Settings) -> None:
             hint="start the container with --pids-limit",
         )
     log.debug("no limit on the number of processes", file=str(PID_LIMIT_FILE))
+
+
+@contextlib.asynccontextmanager
+async def engine_of(sandbox: Sandbox) -> AsyncIterator[None]:
+    """While it lasts, an OPA server decides, where one was named; its outages are said. Raises `SettingsError` for its name."""
+    settings = sandbox.settings
+    if not settings.opa_url:
+        yield
+        return
+    from openshell_supervisor.verdict.engines.opa_client import opa_address
+
+    address = opa_address(settings.opa_url, settings.opa_token_file, settings.opa_ca)
+    told: Callable[[str], None] = lambda reason: _say_engine(sandbox.telemetry, reason)  # noqa: E731
+    if sandbox.own_rules:
+        from openshell_supervisor.verdict.own_rules import PushedRules
+
+        async with PushedRules(address, told) as sandbox.pushed:
+            await sandbox.generation.prepare(lambda: None)  # an outage is said now, not at the first question
+            yield
+        return
+    from openshell_supervisor.verdict.engines.opa_server import OpaServerEngine
+
+    async with OpaServerEngine(address, told=told) as sandbox.engine:
+        yield
+
+
+def _say_engine(telemetry: Telemetry, reason: str) -> None:
+    if not reason:
+        telemetry.config("restored", "The policy engine answers again: requests are decided", engine="opa")
+        return
+    message = "The policy engine cannot be asked: every request is denied until it answers"
+    telemetry.config(
+        "degraded",
+        message,
+        enabled=None,
+        severity=Severity.MEDIUM,
+        ok=False,
+        engine="opa",
+        reason_id="engine_unavailable",
+        error=reason,
+    )

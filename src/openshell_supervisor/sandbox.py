@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +15,7 @@ from openshell_supervisor.confine.plan import Plan
 from openshell_supervisor.policy.model import SandboxPolicy
 from openshell_supervisor.proxy.authority import CertificateAuthority
 from openshell_supervisor.settings import Settings
-from openshell_supervisor.telemetry.events import Severity, Telemetry
+from openshell_supervisor.telemetry.events import Telemetry
 from openshell_supervisor.workload.child import Child
 from openshell_supervisor.workload.environ import Trust
 from openshell_supervisor.workload.reaper import Reaper
@@ -90,44 +88,3 @@ def start_launcher(reaper: Reaper, terminal: Terminal | None = None) -> Child:
     """Start a launcher, on the terminal's slave where there is one. Raises `LaunchError`."""
     stdio = {0: terminal.slave, 1: terminal.slave, 2: terminal.slave} if terminal is not None else None
     return Child.start(reaper, Path(launcher.ENTRY), stdio)
-
-
-@contextlib.asynccontextmanager
-async def engine_of(sandbox: Sandbox) -> AsyncIterator[None]:
-    """While it lasts, an OPA server decides, where one was named; its outages are said. Raises `SettingsError` for its name."""
-    settings = sandbox.settings
-    if not settings.opa_url:
-        yield
-        return
-    from openshell_supervisor.verdict.engines.opa_client import opa_address
-
-    address = opa_address(settings.opa_url, settings.opa_token_file, settings.opa_ca)
-    told: Callable[[str], None] = lambda reason: _say_engine(sandbox.telemetry, reason)  # noqa: E731
-    if sandbox.own_rules:
-        from openshell_supervisor.verdict.own_rules import PushedRules
-
-        async with PushedRules(address, told) as sandbox.pushed:
-            await sandbox.generation.prepare(lambda: None)  # an outage is said now, not at the first question
-            yield
-        return
-    from openshell_supervisor.verdict.engines.opa_server import OpaServerEngine
-
-    async with OpaServerEngine(address, told=told) as sandbox.engine:
-        yield
-
-
-def _say_engine(telemetry: Telemetry, reason: str) -> None:
-    if not reason:
-        telemetry.config("restored", "The policy engine answers again: requests are decided", engine="opa")
-        return
-    message = "The policy engine cannot be asked: every request is denied until it answers"
-    telemetry.config(
-        "degraded",
-        message,
-        enabled=None,
-        severity=Severity.MEDIUM,
-        ok=False,
-        engine="opa",
-        reason_id="engine_unavailable",
-        error=reason,
-    )

@@ -19,9 +19,9 @@ from openshell_supervisor.confine.separation import Code
 from openshell_supervisor.enforcement import Statement
 from openshell_supervisor.errors import LaunchError
 from openshell_supervisor.inside import Settled, confine_request, stop_proxy
-from openshell_supervisor.preparation import make_telemetry, prepared
+from openshell_supervisor.preparation import engine_of, make_telemetry, prepared
 from openshell_supervisor.proxy.frontend import Proxy
-from openshell_supervisor.sandbox import Sandbox, engine_of, start_launcher
+from openshell_supervisor.sandbox import Sandbox, start_launcher
 from openshell_supervisor.settings import Settings
 from openshell_supervisor.telemetry.events import Process
 from openshell_supervisor.telemetry.line_writer import STDERR

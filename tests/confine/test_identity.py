@@ -291,21 +291,8 @@ def test_no_declaration_makes_root(declared: str) -> None:
 
 
 def system(passwd: str, group: str, place: pathlib.Path) -> Callable[[Sequence[str]], list[str]]:
-    """A wrapper that runs a command where /etc/passwd and /etc/group have this content (a mount namespace; needs root)."""
-    (place / "passwd").write_text(passwd)
-    (place / "group").write_text(group)
-    script = 'mount --bind "$1" /etc/passwd && mount --bind "$2" /etc/group && shift 2 && exec "$@"'
-    return lambda argv: [
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        script,
-        "sh",
-        str(place / "passwd"),
-        str(place / "group"),
-        *argv,
-    ]
+    """A wrapper that runs a command where /etc/passwd and /etc/group have this content."""
+    return lambda argv: hosts.with_accounts(argv, passwd, group, place)
 
 
 SAYING = """

@@ -74,21 +74,8 @@ def same_user_without_namespaces(argv: Sequence[str]) -> list[str]:
 
 
 def accounts(place: pathlib.Path) -> Wrap:
-    """A host with the accounts above (a mount namespace; needs root)."""
-    (place / "passwd").write_text(PASSWD)
-    (place / "group").write_text(GROUP)
-    script = 'mount --bind "$1" /etc/passwd && mount --bind "$2" /etc/group && shift 2 && exec "$@"'
-    return lambda argv: [
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        script,
-        "sh",
-        str(place / "passwd"),
-        str(place / "group"),
-        *argv,
-    ]
+    """A host with the accounts above."""
+    return lambda argv: hosts.with_accounts(argv, PASSWD, GROUP, place)
 
 
 def inside(*canaries: str) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
 import pathlib
 import sys
-import threading
 from collections.abc import Iterator
 
 import product
@@ -15,24 +13,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "verdict"))
 
 import opa_process
 from opa_process import Opa
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[int]:
-    """The port of a server on 127.0.0.1 that answers everything with 200."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_port
-        server.shutdown()
 
 
 @pytest.fixture

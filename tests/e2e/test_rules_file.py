@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import http.server
 import pathlib
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -49,24 +47,6 @@ default allow_request := false
 # Other than the policy says: it allows every GET.
 allow_request if input.request.path == "/ok"
 """
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[int]:
-    """The port of a server on 127.0.0.1 that answers everything with 200."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_port
-        server.shutdown()
 
 
 def asked(tmp_path: pathlib.Path, upstream: int, module: str, *more: str) -> subprocess.CompletedProcess[str]:

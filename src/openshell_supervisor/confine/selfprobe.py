@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def files(paths: tuple[Sequence[str], Sequence[str]], run_directory: Path) -> tu
     Reading the root directory, where no rule covers it; and writing a file that everybody may write, beside the writable
     paths. Both succeed for every user where no file rules hold.
     """
-    read_only, read_write = ({os.path.realpath(path) for path in some} for some in paths)
+    read_only, read_write = ({_inode(Path(path)) for path in some} - {None} for some in paths)
     attempts = []
     if not _covers("/", read_only | read_write) and os.stat("/").st_mode & 0o005 == 0o005:
         request = {"kind": "open", "path": "/", "flags": os.O_RDONLY | os.O_DIRECTORY}
@@ -101,11 +101,10 @@ def files(paths: tuple[Sequence[str], Sequence[str]], run_directory: Path) -> tu
     return attempts, None
 
 
-def _covers(path: str, rules: Iterable[str]) -> bool:
+def _covers(path: str, rules: Set[tuple[int, int] | None]) -> bool:
     """Does one of these rules allow something on `path` or above it? By inode: a mount may show a directory twice."""
     place = Path(os.path.realpath(path))
-    allowed = {_inode(Path(rule)) for rule in rules} - {None}
-    return any(_inode(one) in allowed for one in (place, *place.parents))
+    return any(_inode(one) in rules for one in (place, *place.parents))
 
 
 def _inode(path: Path) -> tuple[int, int] | None:

@@ -15,15 +15,13 @@ from openshell_supervisor.callers.caller import Caller
 from openshell_supervisor.proxy import denials
 from openshell_supervisor.proxy.denials import Denial
 from openshell_supervisor.telemetry.events import Endpoint, Process, Severity, Telemetry, Traffic
-from openshell_supervisor.verdict.decide import FLEETING, Generation, decide
+from openshell_supervisor.verdict.decide import FLEETING, SOFT, Generation, decide
 from openshell_supervisor.verdict.facts import Facts, Request, TargetError, Verdict, canonical_target, parse_query
 
 # Remembered rulings of the current generation; one is a few hundred bytes. A workload that asks for more distinct targets
 # only loses the shortcut. Longer ones, with the caller's paths, are not remembered at all.
 MAX_RULINGS = 2048
 MAX_REMEMBERED_TARGET = 1024
-# Denials that `enforcement: audit` lets through (policy.md 4); everything else is refused in audit as well.
-_SOFT = frozenset({"rule_not_matched", "deny_rule"})
 # What helps a program that could not be identified.
 _UNIDENTIFIED = {
     "caller_unknown": "Connect again, and keep the connection open in the program that asks until it is answered.",
@@ -214,7 +212,7 @@ class Gate:
         canonical = f"{path}?{query}" if "?" in target else path
         if verdict.allow:
             return self._ruling(origin, method, None, canonical, verdict, "allow", path)
-        if verdict.enforcement == "audit" and verdict.reason_id in _SOFT:
+        if verdict.enforcement == "audit" and verdict.reason_id in SOFT:
             return self._ruling(origin, method, None, canonical, verdict, "audit", path)
         denial = denials.request_denied(method, path, host, port, verdict)
         return self._ruling(origin, method, denial, canonical, verdict, "deny", path)
